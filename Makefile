@@ -1,0 +1,38 @@
+# `make demo`, `make test` and `make lint` do their own set-up in .venv and are quick when run again.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help demo test test-thorough lint clean
+
+help:  ## Say what can be made.
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: $(INSTALLED)  ## Clean a noisy real data set by bilevel optimization (under three minutes).
+	@echo "==> cleaning scikit-learn's digits, half of whose training labels are made wrong"
+	$(BIN)/python -m paper_repro run hypercleaning --preset cpu --out results/demo
+
+test: $(INSTALLED)  ## Run the tests and the examples of the docstrings and the README.
+	@echo "==> running the tests (HYPOTHESIS_PROFILE=thorough draws more examples)"
+	$(BIN)/python -m pytest -q
+
+test-thorough: $(INSTALLED)  ## Run the tests with many more random examples, and the slow ones.
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -q --run-slow
+
+lint: $(INSTALLED)  ## Check style, docstrings and types.
+	@echo "==> ruff and mypy"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## Remove the virtual environment and the caches.
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+
+# The stamp is written last, so an interrupted installation starts again. Where python3 has no venv of its own
+# (Debian without python3-venv), virtualenv makes one.
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "==> installing funcmlo and its tools into .venv (once; a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv 2>/dev/null || { rm -rf .venv; \
+	  $(PYTHON) -m pip install --quiet --user virtualenv && $(PYTHON) -m virtualenv --quiet .venv; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,paper]'
+	@touch $(INSTALLED)

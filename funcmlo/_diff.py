@@ -1,0 +1,167 @@
+"""Derivatives over pytrees: the only place that chooses between plain autograd and torch.func.
+
+Plain autograd is about four times cheaper per call on small problems; torch.func is what composes under its own
+transforms. Both answer alike: outside every transform this module builds a graph on fresh aliases of its arguments
+and walks it; inside one it calls `torch.func.vjp`.
+
+Aliases matter. ∂f(y, x)/∂y is a partial derivative even where x was computed from y, or is the same tensor as y
+(an inner loop that starts at the meta-parameters), so f is always differentiated at an alias of y that nothing else
+has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from funcmlo import _tree
+from funcmlo._tree import Tree
+
+
+class Pullback(Protocol):
+    """v ↦ (∂f/∂argument)ᵀ v for the chosen arguments; it may be called again and again."""
+
+    def __call__(self, cotangent: Tree, *, wrt: Sequence[int] | None = None) -> tuple[Tree, ...]:
+        """Return one cotangent tree for each argument in `wrt` (all of them when it is None)."""
+
+
+def transforming() -> bool:
+    """Say whether a torch.func transform (grad, vjp, jvp, vmap) is active, so that values may be traced or batched."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def differentiating() -> bool:
+    """Say whether a torch.func transform that differentiates (grad, vjp, jvp) is active; vmap alone does not."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(interpreter.key() != torch._C._functorch.TransformType.Vmap for interpreter in stack)
+
+
+def value_and_grads(
+    cost: Callable[..., tuple[Tensor, Any]], arguments: Sequence[Tree]
+) -> tuple[Tensor, Any, tuple[Tree, ...], tuple[bool, ...]]:
+    """Evaluate a cost and its gradients by every argument in one backward pass.
+
+    The gradients join the surrounding graph when grad mode is on (`torch.enable_grad`), and are plain values otherwise.
+
+    Args:
+        cost: a function of the arguments that returns (0-d tensor, anything).
+        arguments: trees of tensors.
+
+    Returns:
+        The cost, what came with it, the gradients, and for each argument whether the cost depends on it at all
+        (under a torch.func transform that cannot be known, and the answer is True).
+    """
+    if transforming():
+        return _value_and_grads_func(cost, arguments)
+    record = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [_tree.map(_alias if record else _leaf, argument) for argument in arguments]
+        value, extra = cost(*aliases)
+    flat = [leaf for alias in aliases for leaf in _tree.leaves(alias)]
+    grads = _autograd([value], flat, None, create_graph=record, retain_graph=record)
+    if not record:
+        value, extra = value.detach(), _tree.detach(extra)
+    trees, used = [], []
+    for alias in aliases:
+        leaves, structure = _tree.flatten(alias)
+        part, grads = grads[: len(leaves)], grads[len(leaves) :]
+        used.append(any(g is not None for g in part))
+        trees.append(_tree.unflatten(structure, _materialize(part, leaves)))
+    return value, extra, tuple(trees), tuple(used)
+
+
+def vjp(function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree]) -> tuple[Tree, Any, Pullback]:
+    """Evaluate a function and keep what its vector-Jacobian products need.
+
+    Args:
+        function: a function of the arguments that returns (tree of tensors, anything); gradients that it takes inside
+            by `value_and_grads` are differentiated again.
+        arguments: trees of tensors.
+
+    Returns:
+        The value, what came with it (both cut from the graph), and the pullback.
+    """
+    if transforming():
+        return _vjp_func(function, arguments)
+    aliases = [_tree.map(_leaf, argument) for argument in arguments]
+    with torch.enable_grad():
+        value, extra = function(*aliases)
+    outputs, _ = _tree.flatten(value)
+
+    def pullback(cotangent: Tree, *, wrt: Sequence[int] | None = None) -> tuple[Tree, ...]:
+        chosen = [aliases[i] for i in (range(len(aliases)) if wrt is None else wrt)]
+        flat = [leaf for alias in chosen for leaf in _tree.leaves(alias)]
+        grads = _autograd(outputs, flat, _tree.leaves(cotangent), create_graph=False, retain_graph=True)
+        answer = []
+        for alias in chosen:
+            leaves, structure = _tree.flatten(alias)
+            part, grads = grads[: len(leaves)], grads[len(leaves) :]
+            answer.append(_tree.unflatten(structure, _materialize(part, leaves)))
+        return tuple(answer)
+
+    return _tree.detach(value), _tree.detach(extra), pullback
+
+
+def _autograd(
+    outputs: list[Tensor], leaves: list[Tensor], cotangents: list[Tensor] | None, *, create_graph: bool, retain_graph: bool
+) -> list[Tensor | None]:
+    """`torch.autograd.grad`, also where no output is differentiable or no leaf is given."""
+    live = [i for i, output in enumerate(outputs) if output.requires_grad]
+    if not live or not leaves:
+        return [None] * len(leaves)
+    return list(
+        torch.autograd.grad(
+            [outputs[i] for i in live],
+            leaves,
+            None if cotangents is None else [cotangents[i] for i in live],
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+    )
+
+
+def _materialize(grads: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
+
+
+def _alias(x: Tensor) -> Tensor:
+    return x.view_as(x) if x.requires_grad else _leaf(x)
+
+
+def _value_and_grads_func(
+    cost: Callable[..., tuple[Tensor, Any]], arguments: Sequence[Tree]
+) -> tuple[Tensor, Any, tuple[Tree, ...], tuple[bool, ...]]:
+    value, extra, pullback = _vjp_func(lambda *trees: cost(*trees), arguments)
+    return value, extra, pullback(torch.ones_like(value)), (True,) * len(arguments)
+
+
+def _vjp_func(function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree]) -> tuple[Tree, Any, Pullback]:
+    # torch.func keeps its own pytree registry; it sees flat lists of tensors only.
+    flats, structures = zip(*(_tree.flatten(argument) for argument in arguments), strict=True)
+    box: dict[str, Any] = {}
+
+    def flat_function(*flat: list[Tensor]) -> tuple[list[Tensor], list[Any]]:
+        value, extra = function(*(_tree.unflatten(s, leaves) for s, leaves in zip(structures, flat, strict=True)))
+        leaves, box["value"] = _tree.flatten(value)
+        extras, box["extra"] = _tree.flatten(extra)
+        box["constants"] = [None if isinstance(x, Tensor) else x for x in extras]
+        return leaves, [x for x in extras if isinstance(x, Tensor)]
+
+    outputs, pull, kept = torch.func.vjp(flat_function, *flats, has_aux=True)  # type: ignore[misc]
+
+    def pullback(cotangent: Tree, *, wrt: Sequence[int] | None = None) -> tuple[Tree, ...]:
+        grads = pull(_tree.leaves(cotangent))
+        chosen = range(len(structures)) if wrt is None else wrt
+        return tuple(_tree.unflatten(structures[i], grads[i]) for i in chosen)
+
+    tensors = iter(kept)
+    extras = [next(tensors) if x is None else x for x in box["constants"]]
+    return _tree.unflatten(box["value"], outputs), _tree.unflatten(box["extra"], extras), pullback

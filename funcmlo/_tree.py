@@ -1,0 +1,205 @@
+"""Pytrees as a vector space: the only place that touches the pytree library.
+
+A vector is any tree of floating-point tensors that optree knows (tensors, dicts, tuples, lists, named tuples,
+registered classes); `None` is an empty tree. Leaves may differ in shape, dtype and device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import optree
+import torch
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+
+Tree: TypeAlias = Any
+"""A pytree of tensors; the type system cannot say more."""
+
+
+def flatten(tree: Tree) -> tuple[list[Any], optree.PyTreeSpec]:
+    """Return the leaves and the structure that puts them back together."""
+    return optree.tree_flatten(tree)
+
+
+def unflatten(structure: optree.PyTreeSpec, leaves: Iterable[Any]) -> Tree:
+    """Put leaves back into a structure."""
+    return optree.tree_unflatten(structure, leaves)
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """Return the leaves in the structure's order."""
+    return optree.tree_leaves(tree)
+
+
+def structure(tree: Tree) -> optree.PyTreeSpec:
+    """Return the tree's structure alone."""
+    return optree.tree_structure(tree)
+
+
+def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
+    """Return (readable path, leaf) pairs, for messages; the root's path is ``""``."""
+    accessors, values, _ = optree.tree_flatten_with_accessor(tree)
+    return [(accessor.codify(""), value) for accessor, value in zip(accessors, values, strict=True)]
+
+
+def map(function: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """Apply a function leaf by leaf."""
+    return optree.tree_map(function, tree, *rest)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
+    """Apply a function to the tensors of a tree and leave every other leaf as it is."""
+    return map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def detach(tree: Tree) -> Tree:
+    """Cut every tensor from its graph."""
+    return map_tensors(Tensor.detach, tree)
+
+
+def add(a: Tree, b: Tree) -> Tree:
+    """Return a + b."""
+    return map(torch.add, a, b)
+
+
+def subtract(a: Tree, b: Tree) -> Tree:
+    """Return a − b."""
+    return map(torch.sub, a, b)
+
+
+def scale(factor: float | Tensor, a: Tree) -> Tree:
+    """Return factor · a, each leaf in its own dtype and on its own device."""
+    return map(lambda x: x * _beside(factor, x), a)
+
+
+def add_scaled(a: Tree, factor: float | Tensor, b: Tree) -> Tree:
+    """Return a + factor · b, each leaf in its own dtype and on its own device."""
+    return map(lambda x, y: x + y * _beside(factor, y), a, b)
+
+
+def negative(a: Tree) -> Tree:
+    """Return −a."""
+    return map(torch.neg, a)
+
+
+def zeros_like(a: Tree) -> Tree:
+    """Return the zero vector of a's space."""
+    return map(torch.zeros_like, a)
+
+
+def where(condition: Tensor, a: Tree, b: Tree) -> Tree:
+    """Return a where a 0-d condition holds and b elsewhere, without branching on data."""
+    return map(lambda x, y: torch.where(condition.to(x.device), x, y), a, b)
+
+
+def dot(a: Tree, b: Tree) -> Tensor:
+    """Return ⟨a, b⟩, a 0-d tensor accumulated in at least float32 on the first leaf's device."""
+    total = torch.zeros((), dtype=precision(a))
+    for x, y in zip(leaves(a), leaves(b), strict=True):
+        total = total.to(x.device)
+        total = total + torch.dot(x.reshape(-1).to(total.dtype), y.reshape(-1).to(total.dtype)).to(total.device)
+    return total
+
+
+def norm(a: Tree) -> Tensor:
+    """Return ‖a‖, the Euclidean norm over all leaves, a 0-d tensor."""
+    return dot(a, a).sqrt()
+
+
+def size(a: Tree) -> int:
+    """Return the number of scalars in the tree."""
+    return sum(x.numel() for x in leaves(a))
+
+
+def precision(a: Tree) -> torch.dtype:
+    """Return the dtype in which scalars about this tree are computed: the widest of its leaves, at least float32."""
+    dtype = torch.float32
+    for x in leaves(a):
+        dtype = torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
+def coarsest_epsilon(a: Tree) -> float:
+    """Return the machine epsilon of the least precise leaf (float32's for an empty tree)."""
+    return max((torch.finfo(x.dtype).eps for x in leaves(a)), default=torch.finfo(torch.float32).eps)
+
+
+def all_finite(tree: Tree) -> bool:
+    """Say whether every floating-point tensor of the tree is finite (waits for the device)."""
+    checks = [torch.isfinite(x).all() for x in leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]
+    return all(bool(check) for check in checks)
+
+
+def mismatch(expected: Tree, came: Tree) -> str | None:
+    """Name the first difference in structure, shape or dtype between two trees, or return None.
+
+    Args:
+        expected: the tree of tensors that the caller holds to be right.
+        came: the tree of tensors that is compared with it.
+
+    Returns:
+        A phrase that completes «… differ: …», or None when the trees agree.
+    """
+    if structure(expected) != structure(came):
+        return f"structure {describe(came)}, expected {describe(expected)}"
+    for (path, x), y in zip(named_leaves(expected), leaves(came), strict=True):
+        if not isinstance(y, Tensor):
+            return f"leaf{_at(path)} is {type(y).__name__}, expected a tensor"
+        if x.shape != y.shape:
+            return f"leaf{_at(path)} has shape {tuple(y.shape)}, expected {tuple(x.shape)}"
+        if x.dtype != y.dtype:
+            return f"leaf{_at(path)} has dtype {y.dtype}, expected {x.dtype}"
+    return None
+
+
+def describe(tree: Tree) -> str:
+    """Write a tree's structure as a person would, with ``*`` for a leaf."""
+    text = str(structure(tree))
+    return text.removeprefix("PyTreeSpec(").removesuffix(")")
+
+
+def register(cls: type, children: tuple[str, ...], constants: tuple[str, ...]) -> None:
+    """Register a dataclass with optree's pytrees and torch's: some fields hold trees, others are constants.
+
+    Args:
+        cls: the class, whose constructor takes all fields by keyword.
+        children: the fields that are subtrees.
+        constants: the fields that stay outside every map, compared by equality.
+    """
+
+    def flat(value: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return tuple(getattr(value, f) for f in children), tuple(_freeze(getattr(value, f)) for f in constants)
+
+    def build(context: Any, parts: Iterable[Any]) -> Any:
+        fixed = {f: _thaw(value) for f, value in zip(constants, context, strict=True)}
+        return cls(**dict(zip(children, parts, strict=True)), **fixed)
+
+    optree.register_pytree_node(cls, lambda v: (*flat(v), children), build, namespace=optree.registry.__GLOBAL_NAMESPACE)
+    torch_pytree.register_pytree_node(
+        cls,
+        lambda v: (list(flat(v)[0]), flat(v)[1]),
+        lambda parts, context: build(context, parts),
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+    )
+
+
+def _freeze(value: Any) -> Any:
+    return ("dict", tuple(value.items())) if isinstance(value, dict) else ("value", value)
+
+
+def _thaw(value: Any) -> Any:
+    kind, content = value
+    return dict(content) if kind == "dict" else content
+
+
+def _beside(value: float | Tensor, leaf: Tensor) -> float | Tensor:
+    """A 0-d tensor moved to a leaf's device and dtype, so that nothing is promoted."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device=leaf.device, dtype=leaf.dtype)
+
+
+def _at(path: str) -> str:
+    return f" {path}" if path else ""

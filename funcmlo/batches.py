@@ -1,0 +1,111 @@
+"""Batches: what `batches[level]` may be, and how an inner loop asks for the one of its step.
+
+A fixed batch (any object), an indexed source (a callable: step → batch), or an iterator (one batch per step). The
+index is the level's own step counter, so an indexed source gives the same batch whenever that step is run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch.utils.data import DataLoader, Dataset
+
+from funcmlo.errors import BatchError, listing, suggest
+from funcmlo.level import Level
+
+
+class Feed(Protocol):
+    """t ↦ the batch of a level's step t."""
+
+    def __call__(self, t: int) -> Any:
+        """Return the batch of step t, counted from the level's first step ever."""
+
+
+def feeds(levels: Sequence[Level], batches: Mapping[str, Any], start: Mapping[str, int], *, pure: bool) -> dict[str, Feed]:
+    """Turn what the user gave into one feed per level.
+
+    Args:
+        levels: the program's levels.
+        batches: by level name; levels whose loss takes no batch may be left out.
+        start: the step that each level makes next.
+        pure: whether the call must leave no trace, so that iterators are refused.
+
+    Returns:
+        A feed for every level.
+
+    Raises:
+        BatchError: a batch is missing, belongs to no level, or is of a kind that cannot be used here.
+    """
+    if not isinstance(batches, Mapping):
+        raise BatchError(f"batches came as {type(batches).__name__}; expected a dict from level names to batches.")
+    names = [level.name for level in levels]
+    for name in batches:
+        if name not in names:
+            raise BatchError(f"batches names '{name}', which is no level{suggest(name, names)} Levels: {listing(names)}.")
+    return {level.name: _feed(level, batches, start[level.name], pure=pure) for level in levels}
+
+
+def _feed(level: Level, batches: Mapping[str, Any], start: int, *, pure: bool) -> Feed:
+    name = level.name
+    if name not in batches:
+        if level.takes_batch:
+            raise BatchError(f"level '{name}' takes a batch, but none came: pass batches={{'{name}': …}}.")
+        return lambda t: None
+    given = batches[name]
+    if isinstance(given, DataLoader):
+        raise BatchError(
+            f"batches['{name}'] is a DataLoader, which is no iterator: pass iter(loader) to step, one batch of it, or a "
+            "function from the step's number to a batch."
+        )
+    if isinstance(given, Dataset):
+        raise BatchError(
+            f"batches['{name}'] is a Dataset ({type(given).__name__}); pass a batch, an iterator over batches, or a "
+            "function from the step's number to a batch."
+        )
+    if isinstance(given, Iterator):
+        if pure:
+            raise BatchError(
+                f"batches['{name}'] is an iterator, but hypergradient is pure and would use it up: pass a fixed batch or "
+                "a function from the step's number to a batch."
+            )
+        return _Sequential(name, given, start)
+    if callable(given):
+        source: Feed = given
+        return source
+    return lambda t: given
+
+
+class _Sequential:
+    """An iterator behind a feed: each batch is drawn once and kept until `forget` says that its step is over."""
+
+    def __init__(self, level: str, iterator: Iterator[Any], start: int) -> None:
+        self._level, self._iterator = level, iterator
+        self._kept: dict[int, Any] = {}
+        self._first = self._next = start
+
+    def __call__(self, t: int) -> Any:
+        t = max(t, self._first)  # a level without inner steps asks for its last batch, which is gone: give the next
+        while self._next <= t:
+            try:
+                self._kept[self._next] = next(self._iterator)
+            except StopIteration:
+                drawn = self._next - self._first
+                raise BatchError(
+                    f"the iterator of level '{self._level}' ended after {drawn} batches, but step {t - self._first + 1} "
+                    "of this call needs another; one outer step takes `steps` of them. The state is unchanged; the "
+                    f"{drawn} batches drawn are gone. Pass a longer or an endless iterator (itertools.cycle)."
+                ) from None
+            self._next += 1
+        return self._kept[t]
+
+    def forget(self, before: int) -> None:
+        """Let go of the batches of earlier steps."""
+        for t in [t for t in self._kept if t < before]:
+            del self._kept[t]
+
+
+def forget(feed: Feed, before: int) -> None:
+    """Tell a feed that steps before this one will not be asked for again."""
+    if isinstance(feed, _Sequential):
+        feed.forget(before)

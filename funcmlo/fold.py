@@ -1,0 +1,130 @@
+"""The hypergradient of one level: a reverse pass over the graph, vector first (Betty, eq. 2).
+
+    dC_k/dθ_k = ∂C_k/∂θ_k + Σ_paths (best-response Jacobians along the path)ᵀ ∂C_k/∂θ_l*
+
+Cotangents are folded from the highest lower level down; where paths meet their cotangents are added, so each level's
+best response is multiplied once, however many paths run through it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from funcmlo import _diff, _tree
+from funcmlo._tree import Tree
+from funcmlo.errors import EstimatorError, FuncmloWarning, listing
+from funcmlo.graph import Graph
+from funcmlo.hypergrad.base import BestResponse, Solved, Stats
+from funcmlo.unroll import Problem
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A level's total gradient, and what came with it.
+
+    Attributes:
+        gradient: dC_k/dθ_k, a tree like the level's parameters.
+        cost: C_k, as the optimizer sees it.
+        aux: the loss's metrics.
+        response: the new estimator states, by lower level.
+        stats: what each best-response product cost, by lower level.
+    """
+
+    gradient: Tree
+    cost: Tensor
+    aux: dict[str, Any]
+    response: dict[str, Any]
+    stats: dict[str, Stats | Mapping[str, Any]]
+
+    def plain_stats(self) -> dict[str, Stats | Mapping[str, Any]]:
+        """Return the stats with Python numbers in place of 0-d tensors, wherever values can be read."""
+        if _diff.transforming():
+            return self.stats
+        return {name: stats.plain() if isinstance(stats, Stats) else stats for name, stats in self.stats.items()}
+
+
+def total_gradient(
+    graph: Graph,
+    problem: Problem,
+    params: Mapping[str, Tree],
+    solved: Mapping[str, tuple[BestResponse, Solved]],
+    response: Mapping[str, Any],
+) -> Folded:
+    """Return the hypergradient of a level at its next step.
+
+    Args:
+        graph: the program's graph.
+        problem: the level k, bound to its batch and seed.
+        params: every level's parameters; the lower levels' at their solutions.
+        solved: the lower levels with their estimators.
+        response: the estimators' states.
+
+    Returns:
+        The total gradient with costs and stats.
+    """
+    k = problem.level.name
+    below = [name for name in problem.level.cost_levels if name in solved]
+    constant = {name: params[name] for name in problem.level.reads_levels if name not in below}
+
+    def cost(own: Tree, *solutions: Tree) -> tuple[Tensor, dict[str, Any]]:
+        return problem.cost(own, {**constant, **dict(zip(below, solutions, strict=True))}, 0)
+
+    value, aux, (total, *partials), (_, *used) = _diff.value_and_grads(cost, [params[k], *(params[n] for n in below)])
+    for name, depends in zip(below, used, strict=True):
+        if not depends and _tree.leaves(params[name]):
+            warnings.warn(
+                f"level '{k}' reads '{name}', but its cost does not depend on it, so nothing of its hypergradient comes "
+                f"through '{name}'; is the argument used, and outside torch.no_grad?",
+                FuncmloWarning,
+                stacklevel=2,
+            )
+
+    on_path = {name for path in graph.paths(k) for name in path}
+    cotangents = {name: v for name, v, d in zip(below, partials, used, strict=True) if d and name in on_path}
+    states, stats = {}, {}
+    for name in reversed(graph.levels):
+        if name not in cotangents:
+            continue
+        estimator, at = solved[name]
+        answer = estimator.vjp(at, cotangents.pop(name), response[name])
+        products, states[name], stats[name] = _checked_answer(name, estimator, at, answer)
+        for source, cotangent in products.items():
+            if source == k:
+                total = _tree.add(total, cotangent)
+            elif source in solved and source in on_path:
+                cotangents[source] = _tree.add(cotangents[source], cotangent) if source in cotangents else cotangent
+    return Folded(total, value, aux, states, stats)
+
+
+def _checked_answer(
+    name: str, estimator: BestResponse, at: Solved, answer: Any
+) -> tuple[dict[str, Tree], Any, Stats | Mapping[str, Any]]:
+    """Hold an estimator's answer to the interface: it may be a user's first attempt."""
+    kind = type(estimator).__name__
+    if not isinstance(answer, tuple) or len(answer) != 3:
+        raise EstimatorError(
+            f"{kind}.vjp for level '{name}' returned {type(answer).__name__}; expected a triple (cotangents by input "
+            "name, state, stats)."
+        )
+    products, state, stats = answer
+    if not isinstance(products, Mapping) or set(products) != set(at.inputs):
+        came = listing(products) if isinstance(products, Mapping) else type(products).__name__
+        raise EstimatorError(
+            f"{kind}.vjp for level '{name}' returned cotangents for {came}; expected one for every input: "
+            f"{listing(at.inputs)}."
+        )
+    if not isinstance(stats, (Stats, Mapping)):
+        raise EstimatorError(
+            f"{kind}.vjp for level '{name}' returned stats of type {type(stats).__name__}; expected fm.Stats."
+        )
+    for source, cotangent in products.items():
+        if difference := _tree.mismatch(at.inputs[source], cotangent):
+            raise EstimatorError(
+                f"{kind}.vjp for level '{name}': the cotangent of input '{source}' and that input differ: {difference}."
+            )
+    return dict(products), state, stats

@@ -1,0 +1,194 @@
+"""`Level`: one optimization problem of a program, as frozen configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+import torch
+from torchopt.base import GradientTransformation
+
+from funcmlo import optim
+from funcmlo._tree import Tree
+from funcmlo.errors import DefinitionError
+from funcmlo.hypergrad.base import BestResponse
+from funcmlo.hypergrad.finite_difference import FiniteDifference
+from funcmlo.signature import BATCH, BUFFERS, Call, read_call
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """One problem: min over its own parameters of a cost that may read other levels' parameters and a batch.
+
+    The loss's first argument is the level's own parameters; the others are level names or `batch`, by position, or by
+    keyword where they are keyword-only. Arguments with a default or bound by `functools.partial` are constants.
+
+    Args:
+        name: the level's name, which other levels' losses use as an argument name.
+        loss: `loss(params, …)` → a 0-d tensor, or (0-d tensor, dict of metrics).
+        optimizer: a torchopt transformation such as `torchopt.sgd(0.1)`; or a function of level names that returns
+            one, `lambda rates: torchopt.sgd(rates["lr"])`, so that its hyperparameters are a level's parameters.
+        steps: updates for each update of the level above.
+        response: how the levels above differentiate through this one's solution.
+        reads: level names (or `"batch"`) by argument name, where the loss's arguments are not named after levels.
+        init: where each inner loop starts, a function of level names (`lambda meta: meta`); the optimizer starts
+            afresh there too. Without it the level goes on from where it stopped.
+        tasks: not carried yet; must be None.
+        project: keeps the parameters in a set after each update: params → params.
+        maximize: whether the cost is maximized; gradients and responses are those of its negative.
+
+    Raises:
+        DefinitionError: a field has no meaning; the message says which and what is expected.
+
+    Example:
+        >>> import torchopt
+        >>> level = Level("ridge", lambda ridge, decay, batch: ..., torchopt.sgd(0.1), steps=10)
+        >>> level.reads_levels, level.takes_batch
+        (('decay',), True)
+    """
+
+    name: str
+    loss: Callable[..., Any]
+    optimizer: GradientTransformation | Callable[..., GradientTransformation]
+    _: KW_ONLY
+    steps: int = 1
+    response: BestResponse = FiniteDifference()
+    reads: Mapping[str, str] | None = None
+    init: Callable[..., Tree] | None = None
+    tasks: int | None = None
+    project: Callable[[Tree], Tree] | None = None
+    maximize: bool = False
+
+    own_argument: str | None = field(init=False, repr=False)
+    """The name of the loss's first argument; None where it only takes `*args`."""
+    _cost: Call = field(init=False, repr=False)
+    _start: Call | None = field(init=False, repr=False)
+    _factory: Call | None = field(init=False, repr=False)
+    _mended: GradientTransformation | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check the fields and read the signatures."""
+        self._check()
+        owner = f"level '{self.name}': its"
+        cost, own = read_call(self.loss, self.reads, owner=f"{owner} loss", own=True)
+        object.__setattr__(self, "_cost", cost)
+        object.__setattr__(self, "own_argument", own)
+        start = None if self.init is None else read_call(self.init, None, owner=f"{owner} init", own=False)[0]
+        object.__setattr__(self, "_start", start)
+        if _is_transformation(self.optimizer):
+            factory, mended = None, optim.mend(self.optimizer)
+        else:
+            factory, mended = read_call(self.optimizer, None, owner=f"{owner} optimizer", own=False)[0], None
+        object.__setattr__(self, "_factory", factory)
+        object.__setattr__(self, "_mended", mended)
+        for call, what in ((cost, "loss"), (start, "init"), (factory, "optimizer")):
+            self._check_sources(call, what)
+
+    @property
+    def takes_batch(self) -> bool:
+        """Whether the loss reads a batch."""
+        return BATCH in self._cost.sources
+
+    @property
+    def reads_levels(self) -> tuple[str, ...]:
+        """The levels that the loss, `init` and the optimizer read, each once."""
+        calls = [call for call in (self._cost, self._start, self._factory) if call is not None]
+        return tuple(dict.fromkeys(name for call in calls for name in call.levels))
+
+    @property
+    def cost_levels(self) -> tuple[str, ...]:
+        """The levels that the loss itself reads."""
+        return self._cost.levels
+
+    def cost(self, params: Tree, inputs: Mapping[str, Tree], batch: Any) -> Any:
+        """Call the loss; what it returns is not yet checked."""
+        return self._cost(params, values={**inputs, BATCH: batch})
+
+    def starting_point(self, inputs: Mapping[str, Tree]) -> Tree:
+        """Call `init`; only for a level that has one."""
+        assert self._start is not None
+        return self._start(values=inputs)
+
+    def optimizer_for(self, inputs: Mapping[str, Tree]) -> GradientTransformation:
+        """Return the level's optimizer, mended, at these inputs.
+
+        Args:
+            inputs: the parameters of the levels that the optimizer reads.
+
+        Returns:
+            A pure, differentiable transformation.
+
+        Raises:
+            DefinitionError: the optimizer's function returned something else.
+        """
+        if self._mended is not None:
+            return self._mended
+        assert self._factory is not None
+        made = self._factory(values=inputs)
+        if not _is_transformation(made):
+            raise DefinitionError(
+                f"level '{self.name}': its optimizer function returned {type(made).__name__}; expected a functional "
+                "optimizer such as torchopt.sgd(rates['lr'])."
+            )
+        return optim.mend(made)
+
+    def _check(self) -> None:
+        name = self.name
+        if not isinstance(name, str) or not name.isidentifier():
+            raise DefinitionError(f"a level's name is an argument name, so an identifier is expected; {name!r} came.")
+        if name in (BATCH, BUFFERS) or name.endswith("_buffers"):
+            raise DefinitionError(f"level name '{name}' is reserved for what losses read besides levels; choose another.")
+        if not callable(self.loss):
+            raise DefinitionError(f"level '{name}': loss must be a function, but {type(self.loss).__name__} came.")
+        if isinstance(self.optimizer, torch.optim.Optimizer) or type(self.optimizer).__module__.startswith("torchopt.optim"):
+            kind = type(self.optimizer).__name__
+            raise DefinitionError(
+                f"level '{name}': {kind} keeps its state inside itself; expected a functional optimizer, such as "
+                f"torchopt.{kind.removeprefix('Meta').lower()}(lr)."
+            )
+        if not _is_transformation(self.optimizer) and not callable(self.optimizer):
+            raise DefinitionError(
+                f"level '{name}': optimizer must be a functional optimizer such as torchopt.sgd(0.1), or a function of "
+                f"level names that returns one; {type(self.optimizer).__name__} came."
+            )
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+            raise DefinitionError(f"level '{name}': steps={self.steps!r}; expected an integer of at least 0.")
+        if not isinstance(self.response, BestResponse):
+            made = " (call it: ITD())" if isinstance(self.response, type) else ""
+            raise DefinitionError(
+                f"level '{name}': response={self.response!r} is no best response{made}; expected ITD(), AID(CG(20)), "
+                "FiniteDifference() or a BestResponse of your own."
+            )
+        for what in ("init", "project"):
+            function = getattr(self, what)
+            if function is not None and not callable(function):
+                raise DefinitionError(f"level '{name}': {what} must be a function, but {type(function).__name__} came.")
+        if self.tasks is not None:
+            raise DefinitionError(
+                f"level '{name}': tasks={self.tasks!r}, but task levels are not carried yet; leave it out."
+            )
+        if self.reads is not None and not isinstance(self.reads, Mapping):
+            raise DefinitionError(
+                f"level '{name}': reads must be a dict from argument names to level names, but "
+                f"{type(self.reads).__name__} came."
+            )
+
+    def _check_sources(self, call: Call | None, what: str) -> None:
+        for source in call.sources if call else ():
+            if source == BUFFERS or source.endswith("_buffers"):
+                raise DefinitionError(f"level '{self.name}': its {what} reads '{source}', but buffers are not carried yet.")
+            if source == BATCH and what != "loss":
+                raise DefinitionError(f"level '{self.name}': its {what} reads a batch; only a loss can.")
+            if source == self.name:
+                raise DefinitionError(
+                    f"level '{self.name}': its {what} reads '{source}', the level itself; a loss's first argument is the "
+                    "level's own parameters already."
+                )
+
+
+def _is_transformation(value: Any) -> bool:
+    """Say whether a value has a functional optimizer's `init`/`update` pair (a torchopt class does not count)."""
+    return (
+        not isinstance(value, type) and callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
+    )

@@ -1,0 +1,277 @@
+"""`Multilevel`: a program of levels; state in, state out."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from funcmlo import _diff, _tree, finite, unroll
+from funcmlo._tree import Tree
+from funcmlo.batches import Feed, feeds
+from funcmlo.errors import (
+    DefinitionError,
+    EstimatorError,
+    FuncmloWarning,
+    ParameterError,
+    listing,
+    suggest,
+)
+from funcmlo.fold import Folded, total_gradient
+from funcmlo.graph import Graph
+from funcmlo.level import Level
+from funcmlo.state import State
+from funcmlo.unroll import Problem, Run
+
+
+class Multilevel:
+    """A program of levels, lowest first: pure functions from state to state.
+
+    Args:
+        *levels: one or two levels, the lowest first.
+        composition: `"paths"`, the products along the graph's paths.
+
+    Raises:
+        DefinitionError: the levels do not fit together.
+
+    Example:
+        >>> import torch, torchopt, funcmlo as fm
+        >>> program = Multilevel(
+        ...     fm.Level("y", lambda y, x: ((y - x) ** 2).sum() / 2, torchopt.sgd(0.5), steps=20, response=fm.AID(fm.CG(5))),
+        ...     fm.Level("x", lambda x, y: ((y - 1) ** 2).sum(), torchopt.sgd(0.25)),
+        ... )
+        >>> state = program.init({"y": torch.zeros(()), "x": torch.zeros(())})
+        >>> for _ in range(20):
+        ...     state, metrics = program.step(state, {})
+        >>> round(float(state.params["x"]), 3)
+        1.0
+
+    References:
+        Choe et al. 2023 (Betty), arXiv 2207.02849.
+    """
+
+    def __init__(self, *levels: Level, composition: Literal["paths"] = "paths") -> None:
+        if not levels or not all(isinstance(level, Level) for level in levels):
+            came = listing(type(level).__name__ for level in levels)
+            raise DefinitionError(f"Multilevel takes Level objects, lowest first; {came} came.")
+        if len(levels) > 2:
+            raise DefinitionError(f"Multilevel carries one or two levels yet; {len(levels)} came.")
+        if composition != "paths":
+            raise DefinitionError(f"composition={composition!r} is not carried yet; expected 'paths'.")
+        self.levels = levels
+        self.composition = composition
+        self.graph = Graph.of(levels)
+        for level in levels[1:]:
+            if not self.graph.paths(level.name):
+                warnings.warn(
+                    f"no path leads from level '{level.name}' through a level below it back to its cost, so its "
+                    f"hypergradient is its direct gradient alone. Its graph:\n{self.graph}",
+                    FuncmloWarning,
+                    stacklevel=2,
+                )
+
+    def init(self, params: Mapping[str, Tree], *, buffers: Mapping[str, Tree] | None = None, seed: int = 0) -> State:
+        """Return the program's first state.
+
+        Args:
+            params: each level's parameters, trees of floating-point tensors, which are copied. A level with `init=` may
+                be left out.
+            buffers: not carried yet; must be empty.
+            seed: the integer from which all randomness follows.
+
+        Returns:
+            The state before the first step.
+
+        Raises:
+            ParameterError: a level's parameters are missing, unknown, or no tree of floating-point tensors.
+        """
+        names = self.graph.levels
+        if not isinstance(params, Mapping):
+            raise ParameterError(f"init takes a dict from level names to parameters; {type(params).__name__} came.")
+        if buffers:
+            raise ParameterError(
+                f"init got buffers for {listing(buffers)}, but buffers are not carried yet; leave them out."
+            )
+        for name in params:
+            if name not in names:
+                raise ParameterError(
+                    f"init got parameters for '{name}', which is no level{suggest(name, names) or '.'} "
+                    f"Levels: {listing(names)}."
+                )
+        try:
+            seed = operator.index(seed)
+        except TypeError:
+            raise ParameterError(f"seed={seed!r}; expected an integer.") from None
+        own: dict[str, Tree] = {}
+        optimizer: dict[str, Tree] = {}
+        for level in reversed(self.levels):  # the highest first: an `init` reads the levels above it
+            name = level.name
+            if name in params:
+                own[name] = _parameters(name, params[name])
+            elif level.init is not None:
+                own[name] = _parameters(name, level.starting_point(own))
+            else:
+                raise ParameterError(f"init got no parameters for level '{name}'; levels: {listing(names)}.")
+        for level in self.levels:
+            optimizer[level.name] = level.optimizer_for(own).init(own[level.name])
+        return State(
+            params={name: own[name] for name in names},
+            optimizer=optimizer,
+            response={level.name: level.response.init(own[level.name]) for level in self.levels},
+            step=dict.fromkeys(names, 0),
+            seed=seed,
+        )
+
+    def step(self, state: State, batches: Mapping[str, Any]) -> tuple[State, dict[str, dict[str, Any]]]:
+        """Make one outer step: each lower level's `steps` updates, then one update of the top level.
+
+        Args:
+            state: where the program stands; it is not changed.
+            batches: by level name, a fixed batch, an iterator (one batch per update) or a function from the level's
+                step number to a batch.
+
+        Returns:
+            The new state, and metrics by level: `cost` (at the last update, before it), `aux`, and for a lower level
+            `costs` (all inner steps), for the top level `gradient_norm` and `stats` (by lower level).
+
+        Raises:
+            FuncmloError: the state, a batch, a loss's value or a response's answer is not as expected, or something
+                is no longer finite. The state that came in is still good.
+        """
+        feed = self._begin(state, batches, pure=False)
+        with torch.no_grad():
+            runs = {level.name: self._run(level, state, feed, level.steps) for level in self.levels[:-1]}
+            state = self._after(state, runs)
+            top = self.levels[-1]
+            problem = self._problem(top, state, feed)
+            folded = self._fold(top, problem, state, runs)
+            inputs = {name: state.params[name] for name in top.reads_levels}
+            params, optimizer = problem.apply(state.params[top.name], state.optimizer[top.name], inputs, folded.gradient)
+            new = replace(
+                state,
+                params={**state.params, top.name: params},
+                optimizer={**state.optimizer, top.name: optimizer},
+                response={**state.response, **folded.response},
+                step={**state.step, top.name: state.step[top.name] + 1},
+            )
+        if not _diff.transforming():
+            finite.check(top.name, runs, folded, new.params[top.name])
+        metrics = {
+            name: {
+                "cost": _signed(self._level(name), run.costs[-1]),
+                "costs": _signed(self._level(name), torch.stack(run.costs)),
+                "aux": run.aux,
+            }
+            for name, run in runs.items()
+            if run.costs
+        }
+        metrics[top.name] = {
+            "cost": _signed(top, folded.cost),
+            "aux": folded.aux,
+            "gradient_norm": _tree.norm(folded.gradient),
+            "stats": folded.plain_stats(),
+        }
+        return new, metrics
+
+    def hypergradient(
+        self, state: State, batches: Mapping[str, Any], *, of: str, solve: bool = True, with_stats: bool = False
+    ) -> Any:
+        """Return the gradient that `step` would give level `of`'s optimizer; nothing is updated.
+
+        Args:
+            state: where the program stands; it is not changed.
+            batches: by level name, a fixed batch or a function from the level's step number to a batch.
+            of: the level's name.
+            solve: whether the lower levels make their inner steps first; without, the state's parameters are taken
+                as their solutions.
+            with_stats: whether to return the stats of the best-response products too.
+
+        Returns:
+            A tree like the level's parameters, or (that tree, stats by lower level).
+
+        Raises:
+            FuncmloError: as for `step`; besides, an iterator is refused.
+        """
+        self.graph.check(of)
+        feed = self._begin(state, batches, pure=True)
+        level = self._level(of)
+        with torch.no_grad():
+            lower = self.levels[: self.levels.index(level)]
+            runs = {below.name: self._run(below, state, feed, below.steps if solve else 0) for below in lower}
+            state = self._after(state, runs)
+            problem = self._problem(level, state, feed)
+            if level is not self.levels[-1]:
+                inputs = {name: state.params[name] for name in level.reads_levels}
+                begin = problem.start(inputs, state.params[of], state.optimizer[of])[0] if solve else state.params[of]
+                state = replace(state, params={**state.params, of: begin})
+            folded = self._fold(level, problem, state, runs)
+        if not _diff.transforming():
+            finite.check(of, runs, folded, None)
+        return (folded.gradient, folded.plain_stats()) if with_stats else folded.gradient
+
+    def __repr__(self) -> str:
+        """List the levels, lowest first."""
+        return f"Multilevel({', '.join(self.graph.levels)})"
+
+    def _begin(self, state: State, batches: Mapping[str, Any], *, pure: bool) -> dict[str, Feed]:
+        """Check what came in, before anything runs."""
+        if not isinstance(state, State):
+            raise ParameterError(f"expected the State that program.init returns; {type(state).__name__} came.")
+        if set(state.params) != set(self.graph.levels):
+            raise ParameterError(
+                f"the state belongs to another program: it has levels {listing(state.params)}; expected "
+                f"{listing(self.graph.levels)}."
+            )
+        if _diff.differentiating():
+            raise EstimatorError(
+                "step and hypergradient cannot be differentiated (torch.func.grad, vjp or jvp is active); differentiate "
+                "an ordinary function of the parameters instead."
+            )
+        return feeds(self.levels, batches, state.step, pure=pure)
+
+    def _level(self, name: str) -> Level:
+        return self.levels[self.graph.levels.index(name)]
+
+    def _problem(self, level: Level, state: State, feed: Mapping[str, Feed]) -> Problem:
+        return Problem(level, feed[level.name], state.seed, state.step[level.name])
+
+    def _run(self, level: Level, state: State, feed: Mapping[str, Feed], steps: int) -> Run:
+        inputs = {name: state.params[name] for name in level.reads_levels}
+        problem = self._problem(level, state, feed)
+        return unroll.run(problem, state.params[level.name], state.optimizer[level.name], inputs, steps)
+
+    def _after(self, state: State, runs: Mapping[str, Run]) -> State:
+        """The state with the inner loops' ends in it."""
+        return replace(
+            state,
+            params={**state.params, **{name: run.solved.params for name, run in runs.items()}},
+            optimizer={**state.optimizer, **{name: run.solved.opt_state for name, run in runs.items()}},
+            step={**state.step, **{name: state.step[name] + run.solved.steps for name, run in runs.items()}},
+        )
+
+    def _fold(self, level: Level, problem: Problem, state: State, runs: Mapping[str, Run]) -> Folded:
+        solved = {name: (self._level(name).response, run.solved) for name, run in runs.items()}
+        return total_gradient(self.graph, problem, state.params, solved, state.response)
+
+
+def _parameters(name: str, tree: Tree) -> Tree:
+    """Copy a level's parameters, or say what is no parameter."""
+    for path, leaf in _tree.named_leaves(tree):
+        where = f"level '{name}': parameter{' ' + path if path else ''}"
+        if not isinstance(leaf, Tensor):
+            raise ParameterError(
+                f"{where} is {type(leaf).__name__}; expected a floating-point tensor, such as torch.tensor({leaf!r})."
+            )
+        if not leaf.is_floating_point():
+            raise ParameterError(f"{where} has dtype {leaf.dtype}; expected a real floating-point dtype: use .float().")
+    return _tree.map(lambda x: x.detach().clone(), tree)
+
+
+def _signed(level: Level, cost: Tensor) -> Tensor:
+    """The cost as the loss returned it."""
+    return -cost if level.maximize else cost
