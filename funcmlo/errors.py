@@ -39,9 +39,9 @@ class FuncmloWarning(UserWarning):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Say «did you mean …?» when a known name is close to the one that came."""
+    """Say «; did you mean …?» when a known name is close to the one that came, and «.» otherwise."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    return f"; did you mean '{close[0]}'?" if close else "."
 
 
 def listing(names: Iterable[str]) -> str:

@@ -27,12 +27,12 @@ def check(name: str, runs: Mapping[str, Run], folded: Folded, params: Tree | Non
             where, and what to try.
     """
     for lower, run in runs.items():
-        for t, cost in enumerate(run.costs):
-            if not torch.isfinite(cost):
-                _refuse(
-                    f"level '{lower}': its cost is {float(cost)} at inner step {t + 1} of {len(run.costs)}; lower its "
-                    "learning rate or look at its batch."
-                )
+        if run.costs and not _tree.all_finite(torch.stack(run.costs)):
+            t, cost = next((t, float(cost)) for t, cost in enumerate(run.costs) if not torch.isfinite(cost))
+            _refuse(
+                f"level '{lower}': its cost is {cost} at inner step {t + 1} of {len(run.costs)}; lower its learning "
+                "rate or look at its batch."
+            )
         if not _tree.all_finite(run.solved.params):
             _refuse(
                 f"level '{lower}': its parameters are no longer finite after {run.solved.steps} inner steps; lower its "

@@ -61,7 +61,7 @@ class Graph:
             for source in level.reads_levels:
                 if source not in order:
                     raise DefinitionError(
-                        f"level '{level.name}' reads '{source}', which is no level{suggest(source, names) or '.'} "
+                        f"level '{level.name}' reads '{source}', which is no level{suggest(source, names)} "
                         f"Levels: {listing(names)}."
                     )
                 if order[source] > order[level.name]:
@@ -115,7 +115,7 @@ class Graph:
         """
         if name not in self.levels:
             raise DefinitionError(
-                f"no level is called {name!r}{suggest(str(name), self.levels) or '.'} Levels: {listing(self.levels)}."
+                f"no level is called {name!r}{suggest(str(name), self.levels)} Levels: {listing(self.levels)}."
             )
 
     def __str__(self) -> str:

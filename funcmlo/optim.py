@@ -54,22 +54,13 @@ def mend(optimizer: GradientTransformation) -> GradientTransformation:
     References:
         https://torchopt.readthedocs.io/en/latest/optimizer/optim.html
     """
-    if isinstance(optimizer, ChainedGradientTransformation):
-        return torchopt.chain(*(mend(part) for part in optimizer.transformations))
-    maker = getattr(optimizer.update, "__qualname__", "").partition(".<locals>")[0]
-    if getattr(optimizer.update, "__module__", "").partition(".")[0] != "torchopt":
-        return optimizer
-    if maker == "chain_flat":
-        return chain_flat(mend(_closure(optimizer)["inner"]))
-    if maker == "clip_grad_norm":
-        return _clip_grad_norm(**_chosen(optimizer, "max_norm", "norm_type", "error_if_nonfinite"))
-    if maker == "_trace":
-        return _trace(optimizer, **_chosen(optimizer, "momentum", "dampening", "nesterov"))
-    if maker == "_scale_by_adam":
-        return _scale_by_adam(optimizer, **_chosen(optimizer, "b1", "b2", "eps", "eps_root"))
-    if maker in _ROOTED:
-        return GradientTransformation(optimizer.init, _with_safe_roots(optimizer.update))
-    return optimizer
+    mended = _mend(optimizer)
+
+    def update(updates: Tree, state: Any, *, params: Tree = None, inplace: bool = False) -> tuple[Tree, Any]:
+        del inplace  # torchopt's default is True, and passes down a chain
+        return mended.update(updates, state, params=params, inplace=False)
+
+    return GradientTransformation(mended.init, update)
 
 
 def apply(params: Tree, updates: Tree) -> Tree:
@@ -79,6 +70,26 @@ def apply(params: Tree, updates: Tree) -> Tree:
 
 # The makers, in torchopt 0.7, of the other updates that divide by a root of a second moment.
 _ROOTED = {"_scale_by_radam", "_scale_by_rms", "_scale_by_rss", "_scale_by_stddev"}
+
+
+def _mend(optimizer: GradientTransformation) -> GradientTransformation:
+    """Mend one part, or the parts of a chain."""
+    if isinstance(optimizer, ChainedGradientTransformation):
+        return torchopt.chain(*(_mend(part) for part in optimizer.transformations))
+    maker = getattr(optimizer.update, "__qualname__", "").partition(".<locals>")[0]
+    if getattr(optimizer.update, "__module__", "").partition(".")[0] != "torchopt":
+        return optimizer
+    if maker == "chain_flat":
+        return chain_flat(_mend(_closure(optimizer)["inner"]))
+    if maker == "clip_grad_norm":
+        return _clip_grad_norm(**_chosen(optimizer, "max_norm", "norm_type", "error_if_nonfinite"))
+    if maker == "_trace":
+        return _trace(optimizer, **_chosen(optimizer, "momentum", "dampening", "nesterov"))
+    if maker == "_scale_by_adam":
+        return _scale_by_adam(optimizer, **_chosen(optimizer, "b1", "b2", "eps", "eps_root"))
+    if maker in _ROOTED:
+        return GradientTransformation(optimizer.init, _with_safe_roots(optimizer.update))
+    return optimizer
 
 
 def _closure(optimizer: GradientTransformation) -> dict[str, Any]:

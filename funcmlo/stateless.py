@@ -86,8 +86,8 @@ class Stateless:
                 raise ParameterError(f"Stateless({name}): parameter '{missing}' is missing; {listing(params)} came.")
         for unknown in params:
             if unknown not in self._names:
-                hint = suggest(unknown, self._names) or f"; it has {listing(self._names)}."
-                raise ParameterError(f"Stateless({name}) has no parameter '{unknown}'{hint}")
+                hint = suggest(unknown, self._names)
+                raise ParameterError(f"Stateless({name}) has no parameter '{unknown}'{hint} It has {listing(self._names)}.")
 
     def __repr__(self) -> str:
         """Name the module and count its parameters."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
@@ -61,8 +61,9 @@ class Stats:
 
     def plain(self) -> Stats:
         """Return the same stats with Python numbers in place of 0-d tensors (waits for the device)."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Stats(**{name: x.item() if isinstance(x, Tensor) else x for name, x in values.items()})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        numbers: dict[str, Any] = {name: x.item() for name, x in values.items() if isinstance(x, Tensor)}
+        return replace(self, **numbers)
 
 
 class Trajectory(Protocol):

@@ -72,7 +72,7 @@ class CG(LinearSolver):
         rz = _tree.dot(r, z)
         r_norm = v_norm
         active = v_norm > 0
-        steepest = torch.zeros_like(v_norm)  # the largest curvature seen, per unit length
+        steepest = torch.zeros_like(v_norm)  # the largest ‖Hp‖ / ‖p‖ seen, an estimate of ‖H‖
         iterations = torch.zeros_like(v_norm, dtype=torch.int64)
         negative = torch.zeros_like(active)
         products = 0
@@ -83,8 +83,8 @@ class CG(LinearSolver):
             hp = operator(p) if not self.damping else _tree.add_scaled(operator(p), self.damping, p)
             products += 1
             curvature, length = _tree.dot(p, hp), _tree.dot(p, p)
-            steepest = torch.maximum(steepest, torch.where(active, curvature / length, 0).abs())
-            flat = active & ~(curvature > epsilon * steepest * length)
+            steepest = torch.maximum(steepest, torch.where(active, _tree.norm(hp) / length.sqrt(), 0))
+            flat = active & ~(curvature > _FLAT * epsilon * steepest * length)
             if k == 0:
                 x, r = _tree.where(flat, p, x), _tree.where(flat, _tree.subtract(r, hp), r)
                 r_norm = torch.where(flat, _tree.norm(r), r_norm)
@@ -105,6 +105,11 @@ class CG(LinearSolver):
 
     def _precondition(self, r: Tree) -> Tree:
         return r if self.preconditioner is None else self.preconditioner(r)
+
+
+# Curvature pᵀHp/pᵀp below this many epsilons of ‖H‖ is rounding: a product carries a few, and dividing by it would
+# blow up what a singular system leaves in its null space.
+_FLAT = 64
 
 
 def _may_stop(active: torch.Tensor) -> bool:

@@ -1,0 +1,183 @@
+"""Every estimator in the registry against closed forms, on every tree structure."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import funcmlo as fm
+from funcmlo import _tree
+from funcmlo.operators import ravel, unravel
+from tests.oracles import assert_agrees, bits, dense_implicit, fingerprint
+from tests.registry import ESTIMATORS, STRUCTURES, Quadratic, quadratic, solved, structures, vector_like
+
+CONDITION = 3.0
+STEPS = 60
+# The farthest any estimator may be from its target on these quadratics: CG and the dense solve reach rounding times
+# the condition number; with eigenvalues in [1/3, 1], K Neumann terms and K gradient steps of rate 1 leave
+# (2/3)^60 ≈ 3e-11 of J in its least eigenvector, at most 3 times that relative to the whole; the central difference of
+# a linear gradient has rounding √ε times the norms and no other error.
+RELATIVE = {"itd": 1e-10, "cg": 1e-12, "neumann": 1e-10, "direct": 1e-12, "finite difference": 1e-6}
+
+
+def at_solution(problem: Quadratic, estimator: fm.BestResponse) -> fm.Solved:
+    if estimator.requires == "trajectory":
+        return solved(problem.loss, problem.params, problem.inputs, estimator, steps=STEPS)
+    return solved(problem.loss, problem.solution(), problem.inputs, estimator)
+
+
+def target(problem: Quadratic, estimator: fm.BestResponse, v: object) -> dict[str, torch.Tensor]:
+    if estimator.claims.target == "identity":
+        return {name: b.T @ ravel(v).double() for name, b in problem.b.items()}
+    return problem.response(v)
+
+
+def size(problem: Quadratic, v: object, name: str = "x") -> float:
+    """The norm of the terms that B_iᵀ A⁻¹ v is a sum of: ‖B_i‖ ‖v‖ (and A⁻¹ ≤ 3 beside it)."""
+    return float(torch.linalg.matrix_norm(problem.b[name]) * _tree.norm(v))
+
+
+def in_double(tree: object) -> object:
+    return _tree.map(torch.Tensor.double, tree)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_closed_form_for_several_inputs(name: str, structure: str) -> None:
+    params = in_double(STRUCTURES[structure]())
+    inputs = {"x": torch.zeros(3).double(), "z": in_double(STRUCTURES["nested"]())}
+    problem = quadratic(params, inputs, seed=1, condition=CONDITION)
+    estimator = ESTIMATORS[name](problem.top, _tree.size(params))
+    v = vector_like(params, seed=2)
+    answers, _, stats = estimator.vjp(at_solution(problem, estimator), v, estimator.init(params))
+    assert set(answers) == {"x", "z"}
+    for key, reference in target(problem, estimator, v).items():
+        assert _tree.mismatch(inputs[key], answers[key]) is None
+        assert_agrees(answers[key], reference, relative=RELATIVE[name], size=size(problem, v, key))
+    assert stats.hvps + stats.gradients + stats.steps > 0 or not _tree.size(params)
+
+
+@given(params=structures(), x=structures(), seed=st.integers(0, 2**20), condition=st.sampled_from([1.0, CONDITION]))
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_closed_form_on_random_trees(name: str, params: object, x: object, seed: int, condition: float) -> None:
+    problem = quadratic(params, {"x": x}, seed, condition)
+    estimator = ESTIMATORS[name](problem.top, _tree.size(params))
+    v = vector_like(params, seed + 1)
+    answers, _, _ = estimator.vjp(at_solution(problem, estimator), v, None)
+    assert_agrees(answers["x"], target(problem, estimator, v)["x"], relative=RELATIVE[name], size=size(problem, v))
+
+
+@given(params=structures((torch.float32, torch.float64, torch.bfloat16)), seed=st.integers(0, 2**20))
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_dtypes_are_kept(name: str, params: object, seed: int) -> None:
+    inputs = {"x": {"a": torch.zeros(2, dtype=torch.float32), "b": torch.zeros((), dtype=torch.float64)}}
+    problem = quadratic(params, inputs, seed)
+    estimator = ESTIMATORS[name](problem.top, _tree.size(params))
+
+    def loss(y: object, x: dict[str, object]) -> torch.Tensor:
+        # In float32 whatever the leaves are, as autocast would.
+        pull = sum((problem.b[n].float().sum(0) @ ravel(tree).float() for n, tree in x.items()), torch.zeros(()))
+        return sum((leaf.float() ** 2).sum() - leaf.float().sum() * pull for leaf in _tree.leaves(y)) + 0.0 * pull
+
+    at = solved(loss, problem.params, problem.inputs, estimator, steps=2 if estimator.requires == "trajectory" else 0)
+    answers, _, _ = estimator.vjp(at, vector_like(params, seed), None)
+    assert _tree.mismatch(problem.inputs, answers) is None
+    assert _tree.all_finite(answers)
+
+
+@given(seed=st.integers(0, 2**20))
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_linear_in_the_cotangent_and_repeatable(name: str, seed: int) -> None:
+    params = in_double(STRUCTURES["nested"]())
+    problem = quadratic(params, {"x": torch.zeros(4).double()}, seed)
+    estimator = ESTIMATORS[name](problem.top, _tree.size(params))
+    at = at_solution(problem, estimator)
+    u, v = vector_like(params, seed), vector_like(params, seed + 1)
+
+    def answer(cotangent: object) -> torch.Tensor:
+        return estimator.vjp(at, cotangent, None)[0]["x"]
+
+    both = answer(_tree.add_scaled(u, -3.0, v))
+    terms = size(problem, u) + 3.0 * size(problem, v)
+    assert_agrees(both, answer(u) - 3.0 * answer(v), relative=3 * RELATIVE[name], size=terms)
+    assert bits(answer(u)) == bits(answer(u))
+    zero = answer(_tree.zeros_like(u))
+    assert torch.equal(zero, torch.zeros(4).double())
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_nothing_handed_in_is_changed(name: str) -> None:
+    params = in_double(STRUCTURES["nested"]())
+    problem = quadratic(params, {"x": torch.zeros(4).double()}, seed=5)
+    estimator = ESTIMATORS[name](problem.top, _tree.size(params))
+    at, v = at_solution(problem, estimator), vector_like(params, seed=3)
+    before = fingerprint((at.params, at.inputs, at.opt_state, v, problem.params, problem.inputs))
+    estimator.vjp(at, v, None)
+    assert fingerprint((at.params, at.inputs, at.opt_state, v, problem.params, problem.inputs)) == before
+
+
+def tanh_net(y: dict[str, torch.Tensor], inputs: dict[str, object]) -> torch.Tensor:
+    """A small non-convex net whose inputs are per-example weights and a log regularizer."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    labels = torch.randn(6, generator=generator, dtype=torch.float64)
+    hidden = torch.tanh(data @ y["w"] + y["b"])
+    losses = (hidden @ y["out"] - labels) ** 2
+    decay = sum((leaf**2).sum() for leaf in y.values())
+    return (torch.sigmoid(inputs["weights"]) * losses).mean() + torch.exp(inputs["log_decay"]) * decay
+
+
+@given(seed=st.integers(0, 2**20))
+@pytest.mark.parametrize("name", ["cg", "direct"])
+def test_implicit_formula_on_a_non_convex_net(name: str, seed: int) -> None:
+    shapes = {"w": torch.zeros(3, 2).double(), "b": torch.zeros(2).double(), "out": torch.zeros(2).double()}
+    y = _tree.scale(0.3, vector_like(shapes, seed))
+    inputs = {"weights": vector_like(torch.zeros(6).double(), seed + 1), "log_decay": torch.zeros(()).double()}
+    estimator = {"cg": fm.AID(fm.CG(60, tol=1e-14)), "direct": fm.AID(fm.Direct())}[name]
+    v = vector_like(shapes, seed + 2)
+    at = solved(tanh_net, y, inputs, estimator)
+    if name == "cg":  # the dense solve takes an indefinite Hessian; conjugate gradient needs a positive one
+        hessian = torch.func.jacrev(torch.func.grad(lambda flat: at.loss(unravel(flat, y), inputs)))(ravel(y))
+        assume(torch.linalg.eigvalsh(hessian)[0] > 0.05)
+    answers, _, stats = estimator.vjp(at, v, None)
+    assert stats.converged
+    for key, reference in dense_implicit(tanh_net, y, inputs, v).items():
+        assert_agrees(answers[key], reference, relative=1e-8)
+
+
+def test_zero_and_indefinite_curvature_have_defined_answers() -> None:
+    inputs = {"x": torch.ones(2).double()}
+    v = torch.tensor([1.0, 2.0]).double()
+    flat = solved(lambda y, x: (y * x["x"]).sum(), torch.zeros(2).double(), inputs, fm.ITD())
+    saddle = solved(lambda y, x: (y[0] ** 2 - y[1] ** 2) / 2 - (y * x["x"]).sum(), torch.zeros(2).double(), inputs, fm.ITD())
+    for at in (flat, saddle):
+        answers, _, stats = fm.AID(fm.CG(5)).vjp(at, v, None)
+        assert bool(stats.negative_curvature)
+        assert not bool(stats.converged)
+        assert torch.isfinite(answers["x"]).all()
+        # Stopped at its first step, the solver answers with the identity inverse: w = v, and −∇²_xy g v = ∓v.
+        assert torch.allclose(answers["x"].abs(), v)
+    answers, _, stats = fm.AID(fm.Direct()).vjp(saddle, v, None)
+    assert torch.allclose(answers["x"], torch.tensor([1.0, -2.0]).double())
+    answers, _, stats = fm.AID(fm.Direct()).vjp(flat, v, None)
+    assert torch.equal(answers["x"], torch.zeros(2).double())
+    assert not bool(stats.converged)
+
+
+def test_itd_without_steps_is_refused() -> None:
+    at = solved(lambda y, x: (y * x["x"]).sum(), torch.zeros(2), {"x": torch.ones(2)}, fm.ITD())
+    with pytest.raises(fm.EstimatorError, match="none were made"):
+        fm.ITD().vjp(at, torch.ones(2), None)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1e-4])
+def test_finite_difference_takes_the_step_it_is_given(scale: float) -> None:
+    # ∂g/∂x = y³, so the central difference along v is −(3y²v + ε²v³), with ε = c/‖v‖.
+    y, v = torch.tensor([0.7]).double(), torch.tensor([2.0]).double()
+    at = solved(lambda y, x: (x["x"] * y**3).sum(), y, {"x": torch.ones(1).double()}, fm.ITD())
+    answers, _, stats = fm.FiniteDifference(scale=scale).vjp(at, v, None)
+    expected = -(3 * y**2 * v + (scale / 2) ** 2 * v**3)
+    assert torch.allclose(answers["x"], expected, rtol=1e-8)
+    assert stats.gradients == 2

@@ -1,0 +1,153 @@
+"""The linear solvers against dense solves, and on systems that have no ordinary answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import funcmlo as fm
+from funcmlo import _tree
+from funcmlo.operators import Operator, ravel, unravel
+from tests.registry import structures, vector_like
+
+
+def operator(matrix: torch.Tensor, like: object) -> Operator:
+    return Operator(lambda u: unravel(matrix @ ravel(u).double(), like), like=like)
+
+
+def matrix(n: int, seed: int, condition: float = 100.0, negative: int = 0) -> torch.Tensor:
+    q = torch.linalg.qr(vector_like(torch.zeros(n, n).double(), seed))[0]
+    eigenvalues = torch.logspace(0, -1, n, base=condition, dtype=torch.float64)
+    eigenvalues[:negative] *= -1
+    return q @ torch.diag(eigenvalues) @ q.T
+
+
+SOLVERS = {
+    "cg": fm.CG(60, tol=1e-14),
+    "preconditioned": fm.CG(60, tol=1e-14, preconditioner=lambda r: _tree.scale(3.0, r)),
+    "direct": fm.Direct(),
+    "neumann": fm.Neumann(3000, scale=1.0, tol=1e-10),
+}
+
+
+@given(like=structures(), seed=st.integers(0, 2**20))
+@pytest.mark.parametrize("name", SOLVERS)
+def test_solves_positive_definite_systems(name: str, like: object, seed: int) -> None:
+    h, v = matrix(_tree.size(like), seed), vector_like(like, seed + 1)
+    solution = SOLVERS[name].solve(operator(h, like), v)
+    expected = torch.linalg.solve(h, ravel(v).double())
+    assert _tree.mismatch(v, solution.value) is None
+    # ‖w − H⁻¹v‖ ≤ cond · residual · ‖H⁻¹v‖; Neumann leaves (1 − 1/100)^3001 ≈ 8e-14 of v.
+    assert torch.linalg.vector_norm(ravel(solution.value) - expected) <= 1e-9 * torch.linalg.vector_norm(expected)
+    assert bool(solution.converged)
+    assert not bool(solution.negative_curvature)
+
+
+@given(seed=st.integers(0, 2**20), k=st.integers(1, 7))
+def test_cg_after_k_steps_is_the_best_in_the_krylov_space(seed: int, k: int) -> None:
+    # The k-th iterate minimizes the energy norm of the error over span{v, Hv, …, H^(k−1) v}.
+    h, v = matrix(8, seed, condition=10.0), vector_like(torch.zeros(8).double(), seed + 1)
+    krylov = torch.linalg.qr(torch.stack([torch.linalg.matrix_power(h, i) @ v for i in range(k)], dim=1))[0]
+    best = krylov @ torch.linalg.solve(krylov.T @ h @ krylov, krylov.T @ v)
+    solution = fm.CG(k, tol=0.0).solve(operator(h, v), v)
+    assert torch.allclose(solution.value, best, rtol=0, atol=1e-7 * float(best.norm()))
+    assert int(solution.iterations) == solution.products == k
+    assert torch.allclose(solution.residual, (v - h @ solution.value).norm() / v.norm(), rtol=1e-6)
+
+
+@given(seed=st.integers(0, 2**20), damping=st.floats(0.01, 1.0))
+def test_damping_is_added_once(seed: int, damping: float) -> None:
+    h, v = matrix(5, seed), vector_like(torch.zeros(5).double(), seed + 1)
+    solution = fm.CG(40, damping=damping).solve(operator(h, v), v)
+    expected = torch.linalg.solve(h + damping * torch.eye(5).double(), v)
+    assert torch.allclose(solution.value, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_neumann_has_k_products_and_k_plus_one_terms(k: int) -> None:
+    h, v, alpha = torch.tensor(0.8).double(), torch.tensor(1.5).double(), 0.5
+    solution = fm.Neumann(k, scale=alpha).solve(Operator(lambda u: h * u, like=v), v)
+    series = alpha * sum((1 - alpha * h) ** i * v for i in range(k + 1))
+    assert torch.allclose(solution.value, series, rtol=1e-14)
+    assert solution.products == k
+    assert torch.allclose(solution.residual, (1 - alpha * h) ** k, rtol=1e-14)
+
+
+def test_cg_converges_on_twice_the_identity_in_one_step() -> None:
+    v = torch.tensor([3.0, -1.0])
+    solution = fm.CG(10).solve(Operator(lambda u: 2 * u, like=v), v)
+    assert torch.equal(solution.value, v / 2)
+    assert solution.products == 1
+
+
+@pytest.mark.parametrize("solver", [fm.CG(5), fm.Direct(), fm.Neumann(5, scale=0.1)], ids=repr)
+def test_a_zero_right_hand_side_gives_zero(solver: fm.LinearSolver) -> None:
+    v = torch.zeros(3)
+    solution = solver.solve(Operator(lambda u: 2 * u, like=v), v)
+    assert torch.equal(solution.value, v)
+    assert float(solution.residual) == 0.0
+    assert bool(solution.converged)
+
+
+@given(seed=st.integers(0, 2**20), negative=st.integers(1, 6))
+def test_cg_stops_at_negative_curvature_with_a_finite_answer(seed: int, negative: int) -> None:
+    h, v = matrix(6, seed, condition=5.0, negative=negative), vector_like(torch.zeros(6).double(), seed + 1)
+    solution = fm.CG(50).solve(operator(h, v), v)
+    assert torch.isfinite(solution.value).all()
+    assert solution.value.norm() > 0
+    assert torch.allclose(solution.residual, (v - h @ solution.value).norm() / v.norm(), rtol=1e-6)
+    # Either a flat or negative direction was met, or the right-hand side never needed one and the system is solved.
+    assert bool(solution.negative_curvature) != bool(solution.converged)
+
+
+@given(seed=st.integers(0, 2**20), rank=st.integers(1, 5))
+def test_singular_systems(seed: int, rank: int) -> None:
+    h = matrix(6, seed, condition=5.0)
+    eigenvalues, q = torch.linalg.eigh(h)
+    eigenvalues[: 6 - rank] = 0
+    h = q @ torch.diag(eigenvalues) @ q.T
+    inside = h @ vector_like(torch.zeros(6).double(), seed + 1)
+    for solver in (fm.CG(30, tol=1e-9), fm.Direct()):
+        solution = solver.solve(operator(h, inside), inside)
+        assert bool(solution.converged), solver
+        assert torch.allclose(h @ solution.value, inside, rtol=0, atol=1e-7 * float(inside.norm()))
+    outside = vector_like(torch.zeros(6).double(), seed + 2)
+    for solver in (fm.CG(30, tol=1e-9), fm.Direct()):
+        solution = solver.solve(operator(h, outside), outside)
+        assert torch.isfinite(solution.value).all()
+        assert not bool(solution.converged)
+        # An inconsistent system has no solution to converge to; the stats tell the truth about where it stopped.
+        assert torch.allclose(solution.residual, (outside - h @ solution.value).norm() / outside.norm(), rtol=1e-5)
+
+
+def test_float32_reaches_its_own_rounding() -> None:
+    h, v = matrix(6, 0, condition=10.0).float(), vector_like(torch.zeros(6), 1)
+    solution = fm.CG(30).solve(Operator(lambda u: h @ u, like=v), v)
+    assert float(solution.residual) < 1e-6
+    assert torch.allclose(solution.value, torch.linalg.solve(h, v), rtol=1e-4, atol=1e-5)
+
+
+def test_solvers_work_under_vmap() -> None:
+    h, v = matrix(4, 3, condition=5.0), vector_like(torch.zeros(3, 4).double(), 4)
+    for solver in (fm.CG(8, tol=1e-12), fm.Direct(), fm.Neumann(200, scale=1.0)):
+        many = torch.func.vmap(lambda b, s=solver: s.solve(Operator(lambda u: h @ u, like=b), b).value)(v)
+        assert torch.allclose(many, torch.linalg.solve(h, v.T).T, rtol=1e-8), solver
+
+
+def test_direct_solves_what_is_not_symmetric() -> None:
+    h = torch.tensor([[1.0, 2.0], [0.0, 3.0]]).double()
+    v = torch.tensor([1.0, 3.0]).double()
+    solution = fm.Direct().solve(Operator(lambda u: h @ u, like=v, symmetric=False), v)
+    assert torch.allclose(solution.value, torch.tensor([-1.0, 1.0]).double(), rtol=1e-12)
+
+
+@given(like=structures((torch.float32, torch.float64)), seed=st.integers(0, 2**20))
+def test_dense_and_product_agree_and_are_symmetric(like: object, seed: int) -> None:
+    h = matrix(_tree.size(like), seed)
+    dense = operator(h, like).dense()
+    assert torch.allclose(dense.double(), h, rtol=1e-5, atol=1e-6)
+    u, v = vector_like(like, seed), vector_like(like, seed + 1)
+    left, right = _tree.dot(operator(h, like)(u), v), _tree.dot(u, operator(h, like)(v))
+    assert torch.allclose(left, right, rtol=1e-4, atol=1e-5)
