@@ -10,7 +10,7 @@ help:  ## Say what can be made.
 
 demo: $(INSTALLED)  ## Clean a noisy real data set by bilevel optimization (under three minutes).
 	@echo "==> cleaning scikit-learn's digits, half of whose training labels are made wrong"
-	$(BIN)/python -m paper_repro run hypercleaning --preset cpu --out results/demo
+	$(BIN)/python -m paper_repro run hypercleaning --preset cpu --seeds 3 --out results/demo
 
 test: $(INSTALLED)  ## Run the tests and the examples of the docstrings and the README.
 	@echo "==> running the tests (HYPOTHESIS_PROFILE=thorough draws more examples)"

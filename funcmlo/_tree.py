@@ -169,19 +169,31 @@ def register(cls: type, children: tuple[str, ...], constants: tuple[str, ...]) -
         constants: the fields that stay outside every map, compared by equality.
     """
 
-    def flat(value: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        return tuple(getattr(value, f) for f in children), tuple(_freeze(getattr(value, f)) for f in constants)
+    def fixed(value: Any) -> tuple[Any, ...]:
+        return tuple(_freeze(getattr(value, f)) for f in constants)
 
-    def build(context: Any, parts: Iterable[Any]) -> Any:
-        fixed = {f: _thaw(value) for f, value in zip(constants, context, strict=True)}
-        return cls(**dict(zip(children, parts, strict=True)), **fixed)
+    def parts(value: Any) -> tuple[Any, ...]:
+        return tuple(getattr(value, f) for f in children)
 
-    optree.register_pytree_node(cls, lambda v: (*flat(v), children), build, namespace=optree.registry.__GLOBAL_NAMESPACE)
+    def build(context: Any, subtrees: Iterable[Any]) -> Any:
+        thawed = {f: _thaw(value) for f, value in zip(constants, context, strict=True)}
+        return cls(**dict(zip(children, subtrees, strict=True)), **thawed)
+
+    optree.register_pytree_node(
+        cls, lambda v: (parts(v), fixed(v), children), build, namespace=optree.registry.__GLOBAL_NAMESPACE
+    )
+
+    # torch's pytrees count None as a leaf, which its transforms refuse: they see optree's leaves alone.
+    def torch_flat(value: Any) -> tuple[list[Any], Any]:
+        flat, inner = flatten(parts(value))
+        return flat, (inner, fixed(value))
+
+    def torch_build(flat: Iterable[Any], context: Any) -> Any:
+        inner, rest = context
+        return build(rest, unflatten(inner, flat))
+
     torch_pytree.register_pytree_node(
-        cls,
-        lambda v: (list(flat(v)[0]), flat(v)[1]),
-        lambda parts, context: build(context, parts),
-        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        cls, torch_flat, torch_build, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}"
     )
 
 

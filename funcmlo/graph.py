@@ -66,7 +66,7 @@ class Graph:
                     )
                 if order[source] > order[level.name]:
                     u2l.append((source, level.name))
-                elif source in level.cost_levels:
+                elif source not in level.loop_levels:
                     l2u.append((source, level.name))
                 else:
                     raise DefinitionError(

@@ -93,13 +93,18 @@ class Level:
     @property
     def reads_levels(self) -> tuple[str, ...]:
         """The levels that the loss, `init` and the optimizer read, each once."""
-        calls = [call for call in (self._cost, self._start, self._factory) if call is not None]
-        return tuple(dict.fromkeys(name for call in calls for name in call.levels))
+        return tuple(dict.fromkeys((*self.cost_levels, *self.loop_levels)))
 
     @property
     def cost_levels(self) -> tuple[str, ...]:
         """The levels that the loss itself reads."""
         return self._cost.levels
+
+    @property
+    def loop_levels(self) -> tuple[str, ...]:
+        """The levels that `init` and the optimizer read, each once."""
+        calls = [call for call in (self._start, self._factory) if call is not None]
+        return tuple(dict.fromkeys(name for call in calls for name in call.levels))
 
     def cost(self, params: Tree, inputs: Mapping[str, Tree], batch: Any) -> Any:
         """Call the loss; what it returns is not yet checked."""
@@ -182,8 +187,8 @@ class Level:
                 raise DefinitionError(f"level '{self.name}': its {what} reads a batch; only a loss can.")
             if source == self.name:
                 raise DefinitionError(
-                    f"level '{self.name}': its {what} reads '{source}', the level itself; a loss's first argument is the "
-                    "level's own parameters already."
+                    f"level '{self.name}': its {what} reads '{source}', the level itself; its own parameters are the "
+                    f"loss's first argument, so write them there: def loss({source}, …)."
                 )
 
 

@@ -100,8 +100,7 @@ class Multilevel:
         for name in params:
             if name not in names:
                 raise ParameterError(
-                    f"init got parameters for '{name}', which is no level{suggest(name, names)} "
-                    f"Levels: {listing(names)}."
+                    f"init got parameters for '{name}', which is no level{suggest(name, names)} Levels: {listing(names)}."
                 )
         try:
             seed = operator.index(seed)

@@ -58,7 +58,8 @@ def mend(optimizer: GradientTransformation) -> GradientTransformation:
 
     def update(updates: Tree, state: Any, *, params: Tree = None, inplace: bool = False) -> tuple[Tree, Any]:
         del inplace  # torchopt's default is True, and passes down a chain
-        return mended.update(updates, state, params=params, inplace=False)
+        updates, state = mended.update(updates, state, params=params, inplace=False)
+        return updates, state
 
     return GradientTransformation(mended.init, update)
 

@@ -78,11 +78,16 @@ class Quadratic:
 
     def loss(self, y: object, inputs: dict[str, object]) -> Tensor:
         flat = ravel(y).double()
-        pull = sum((flat @ (b @ ravel(inputs[name]).double()) for name, b in self.b.items()), torch.zeros((), dtype=torch.float64))
+        pull = sum(
+            (flat @ (b @ ravel(inputs[name]).double()) for name, b in self.b.items()), torch.zeros((), dtype=torch.float64)
+        )
         return 0.5 * flat @ (self.a @ flat) - pull
 
     def solution(self) -> object:
-        right = sum((b @ ravel(self.inputs[name]).double() for name, b in self.b.items()), torch.zeros(len(self.a), dtype=self.a.dtype))
+        right = sum(
+            (b @ ravel(self.inputs[name]).double() for name, b in self.b.items()),
+            torch.zeros(len(self.a), dtype=self.a.dtype),
+        )
         return unravel(torch.linalg.solve(self.a, right), self.params)
 
     def response(self, v: object) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torchopt
 from torch import Tensor
 
 from funcmlo import _tree, optim
-from tests.oracles import assert_agrees, bits, finite_difference, fingerprint
+from tests.oracles import assert_agrees, bits, fingerprint, finite_difference
 from tests.registry import OPTIMIZERS
 
 PARITY = {
@@ -23,7 +23,10 @@ PARITY = {
         lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     ),
     "adam": (torchopt.adam(0.1), lambda p: torch.optim.Adam(p, 0.1)),
-    "adam without momentum": (torchopt.adam(0.1, betas=(0.0, 0.999)), lambda p: torch.optim.Adam(p, 0.1, betas=(0.0, 0.999))),
+    "adam without momentum": (
+        torchopt.adam(0.1, betas=(0.0, 0.999)),
+        lambda p: torch.optim.Adam(p, 0.1, betas=(0.0, 0.999)),
+    ),
     "adamw": (torchopt.adamw(0.1, weight_decay=0.1), lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1)),
     "rmsprop": (torchopt.rmsprop(0.1), lambda p: torch.optim.RMSprop(p, 0.1)),
     "adagrad": (torchopt.adagrad(0.1), lambda p: torch.optim.Adagrad(p, 0.1)),

@@ -1,0 +1,88 @@
+"""The command line: `python -m paper_repro list` and `python -m paper_repro run NAME …`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from funcmlo.errors import FuncmloError
+from paper_repro.data import DataError
+from paper_repro.experiment import Experiment, Request
+from paper_repro.hypercleaning import EXPERIMENT as HYPERCLEANING
+
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (HYPERCLEANING,)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: the words after the program's name; None takes them from the process.
+
+    Returns:
+        The exit status: 0, 1 when data or a program failed, and 2 (by SystemExit) for words that mean nothing.
+    """
+    chosen = _parser().parse_args(arguments)
+    if chosen.command == "list":
+        print(_listing())
+        return 0
+    experiment = EXPERIMENTS[chosen.name]
+    request = Request(
+        dataset=chosen.dataset or experiment.datasets[0],
+        preset=chosen.preset,
+        methods=tuple(chosen.methods or experiment.methods),
+        seeds=chosen.seeds,
+        out=chosen.out or Path("results") / experiment.name / chosen.preset,
+        data_dir=chosen.data_dir,
+    )
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)
+        written = experiment.run(request)
+    except (DataError, FuncmloError, OSError) as error:
+        print(f"{experiment.name}: {error}", file=sys.stderr)
+        return 1
+    print("\nwritten: " + ", ".join(str(path) for path in written))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m paper_repro", description="Rerun the papers' benchmarks.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="say what can be run")
+    run = commands.add_parser("run", help="run one experiment")
+    names = run.add_subparsers(dest="name", required=True, metavar="NAME")
+    for experiment in EXPERIMENTS.values():
+        one = names.add_parser(
+            experiment.name, help=experiment.summary, description=f"{experiment.summary}. {experiment.source}"
+        )
+        one.add_argument("--dataset", choices=experiment.datasets, help=f"default: {experiment.datasets[0]}")
+        one.add_argument("--preset", choices=list(experiment.presets), default="cpu", help="default: cpu")
+        one.add_argument(
+            "--methods", nargs="+", choices=experiment.methods, metavar="METHOD", help=", ".join(experiment.methods)
+        )
+        one.add_argument("--seeds", type=_positive, default=1, metavar="N", help="how many seeds, from 0; default: 1")
+        one.add_argument("--out", type=Path, metavar="DIR", help="default: results/NAME/PRESET")
+        one.add_argument("--data-dir", type=Path, metavar="DIR", help="where data sets are looked for first")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} came; expected at least 1")
+    return number
+
+
+def _listing() -> str:
+    lines = []
+    for experiment in EXPERIMENTS.values():
+        lines += [
+            f"{experiment.name}: {experiment.summary}",
+            f"  source:   {experiment.source}",
+            f"  datasets: {', '.join(experiment.datasets)}",
+            f"  presets:  {', '.join(experiment.presets)}",
+            f"  methods:  {', '.join(experiment.methods)}",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,98 @@
+"""Imports run one way, files stay short, and the public names are what is documented."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import funcmlo as fm
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "funcmlo"
+
+# Each module may import from those before it. A folder's interface (`__init__`) comes after its files.
+ORDER = [
+    "errors",
+    "_tree",
+    "_random",
+    "_diff",
+    "operators",
+    "linear.base",
+    "linear.cg",
+    "linear.direct",
+    "linear.neumann",
+    "linear",
+    "hypergrad.base",
+    "hypergrad.aid",
+    "hypergrad.finite_difference",
+    "hypergrad.itd",
+    "hypergrad",
+    "stateless",
+    "optim",
+    "signature",
+    "level",
+    "graph",
+    "batches",
+    "unroll",
+    "fold",
+    "finite",
+    "state",
+    "multilevel",
+    "",
+]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of the package that a file imports, at any depth of its code."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "funcmlo":
+                names |= {alias.name for alias in node.names}
+            elif node.module and node.module.startswith("funcmlo."):
+                names.add(node.module.removeprefix("funcmlo."))
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("funcmlo") for alias in node.names), f"{path}: import it by name"
+    return names
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_module_has_its_place() -> None:
+    assert sorted(map(module_name, FILES)) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_run_one_way(path: Path) -> None:
+    place = ORDER.index(module_name(path))
+    for name in imported(path):
+        assert name in ORDER, f"{path}: imports {name}, which has no place"
+        assert ORDER.index(name) < place, f"{path}: imports {name}, which comes after it"
+
+
+@pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "paper_repro").rglob("*.py"))], ids=str)
+def test_files_stay_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+
+
+def test_only_tree_touches_the_pytree_library() -> None:
+    for path in FILES:
+        if path.name != "_tree.py":
+            text = path.read_text(encoding="utf-8")
+            assert "optree" not in text.replace("a pytree of optree and of torch", ""), path
+            assert "_pytree" not in text, path
+
+
+def test_public_names_are_sorted_and_documented() -> None:
+    assert fm.__all__ == sorted(fm.__all__, key=lambda name: (name.upper() != name, name))
+    for name in fm.__all__:
+        assert getattr(fm, name).__doc__, name
