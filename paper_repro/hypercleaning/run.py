@@ -20,14 +20,14 @@ from paper_repro.hypercleaning.reference import compare, reference
 from paper_repro.results import environment, spread, table, write_json
 
 PRESETS: dict[str, dict[str, Settings]] = {
-    "smoke": {"digits": Settings(train=200, valid=100, outer=6, inner=5, evaluate_every=2)},
+    "smoke": {"digits": Settings(train=200, valid=100, outer=6, inner=5, evaluate_every=2, threads=1)},
     "cpu": {
-        "digits": Settings(train=997, valid=250, outer=120, decay=2e-4),
+        "digits": Settings(train=997, valid=250, outer=120, decay=2e-4, threads=1),
         "mnist": Settings(train=2_000, valid=500, outer=150, lower_lr=0.1),
         "fashion-mnist": Settings(train=2_000, valid=500, outer=150, lower_lr=0.1),
     },
     "paper": {
-        "digits": Settings(train=997, valid=250, outer=1_000, decay=2e-4, terms=20),
+        "digits": Settings(train=997, valid=250, outer=1_000, decay=2e-4, terms=20, threads=1),
         "mnist": Settings(train=5_000, valid=5_000, outer=1_000, lower_lr=0.1, terms=20),
         "fashion-mnist": Settings(train=5_000, valid=5_000, outer=1_000, lower_lr=0.1, terms=20),
     },
@@ -94,8 +94,13 @@ def run(request: Request) -> Sequence[Path]:
         flush=True,
     )
     outcomes: list[Outcome] = []
-    for seed in range(request.seeds):
-        outcomes += one_seed(data, settings, request.methods, seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads or threads)
+    try:
+        for seed in range(request.seeds):
+            outcomes += one_seed(data, settings, request.methods, seed)
+    finally:
+        torch.set_num_threads(threads)
     text = summary(outcomes)
     print(f"\n{text}")
     results = write_json(
@@ -107,7 +112,7 @@ def run(request: Request) -> Sequence[Path]:
             "preset": request.preset,
             "settings": asdict(settings),
             "seeds": list(range(request.seeds)),
-            "environment": environment(),
+            "environment": environment(),  # settings.threads says how many of the threads were used
             "outcomes": [{k: v for k, v in vars(o).items() if k != "weights"} for o in outcomes],
         },
     )
