@@ -22,24 +22,26 @@ class Feed(Protocol):
         """Return the batch of step t, counted from the level's first step ever."""
 
 
-def feeds(levels: Sequence[Level], batches: Mapping[str, Any], start: Mapping[str, int], *, pure: bool) -> dict[str, Feed]:
+def feeds(
+    levels: Sequence[Level], names: Sequence[str], batches: Mapping[str, Any], start: Mapping[str, int], *, pure: bool
+) -> dict[str, Feed]:
     """Turn what the user gave into one feed per level.
 
     Args:
-        levels: the program's levels.
+        levels: the levels that will run.
+        names: the names of all the program's levels.
         batches: by level name; levels whose loss takes no batch may be left out.
         start: the step that each level makes next.
         pure: whether the call must leave no trace, so that iterators are refused.
 
     Returns:
-        A feed for every level.
+        A feed for every level that will run.
 
     Raises:
         BatchError: a batch is missing, belongs to no level, or is of a kind that cannot be used here.
     """
     if not isinstance(batches, Mapping):
         raise BatchError(f"batches came as {type(batches).__name__}; expected a dict from level names to batches.")
-    names = [level.name for level in levels]
     for name in batches:
         if name not in names:
             raise BatchError(f"batches names '{name}', which is no level{suggest(name, names)} Levels: {listing(names)}.")
@@ -97,6 +99,11 @@ class _Sequential:
                     f"{drawn} batches drawn are gone. Pass a longer or an endless iterator (itertools.cycle)."
                 ) from None
             self._next += 1
+        if t not in self._kept:
+            raise BatchError(
+                f"the batch of step {t} of level '{self._level}' came from an iterator and is gone; an estimator that runs "
+                'inner steps again must say requires = "replay".'
+            )
         return self._kept[t]
 
     def forget(self, before: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -122,6 +122,7 @@ class Multilevel:
             params={name: own[name] for name in names},
             optimizer=optimizer,
             response={level.name: level.response.init(own[level.name]) for level in self.levels},
+            buffers={name: {} for name in names},
             step=dict.fromkeys(names, 0),
             seed=seed,
         )
@@ -142,7 +143,7 @@ class Multilevel:
             FuncmloError: the state, a batch, a loss's value or a response's answer is not as expected, or something
                 is no longer finite. The state that came in is still good.
         """
-        feed = self._begin(state, batches, pure=False)
+        feed = self._begin(self.levels, state, batches, pure=False)
         with torch.no_grad():
             runs = {level.name: self._run(level, state, feed, level.steps) for level in self.levels[:-1]}
             state = self._after(state, runs)
@@ -197,10 +198,10 @@ class Multilevel:
             FuncmloError: as for `step`; besides, an iterator is refused.
         """
         self.graph.check(of)
-        feed = self._begin(state, batches, pure=True)
         level = self._level(of)
+        lower = self.levels[: self.levels.index(level)]
+        feed = self._begin((*lower, level), state, batches, pure=True)
         with torch.no_grad():
-            lower = self.levels[: self.levels.index(level)]
             runs = {below.name: self._run(below, state, feed, below.steps if solve else 0) for below in lower}
             state = self._after(state, runs)
             problem = self._problem(level, state, feed)
@@ -217,8 +218,8 @@ class Multilevel:
         """List the levels, lowest first."""
         return f"Multilevel({', '.join(self.graph.levels)})"
 
-    def _begin(self, state: State, batches: Mapping[str, Any], *, pure: bool) -> dict[str, Feed]:
-        """Check what came in, before anything runs."""
+    def _begin(self, levels: Sequence[Level], state: State, batches: Mapping[str, Any], *, pure: bool) -> dict[str, Feed]:
+        """Check what came in, before anything runs, and return the feeds of the levels that will run."""
         if not isinstance(state, State):
             raise ParameterError(f"expected the State that program.init returns; {type(state).__name__} came.")
         if set(state.params) != set(self.graph.levels):
@@ -231,7 +232,7 @@ class Multilevel:
                 "step and hypergradient cannot be differentiated (torch.func.grad, vjp or jvp is active); differentiate "
                 "an ordinary function of the parameters instead."
             )
-        return feeds(self.levels, batches, state.step, pure=pure)
+        return feeds(levels, self.graph.levels, batches, state.step, pure=pure)
 
     def _level(self, name: str) -> Level:
         return self.levels[self.graph.levels.index(name)]

@@ -17,7 +17,7 @@ class State:
         params: each level's parameters.
         optimizer: each level's optimizer state.
         response: each level's estimator state (a warm start, say); None for estimators that keep nothing.
-        buffers: each level's buffers; empty until modules with buffers are carried.
+        buffers: each level's buffers; empty dicts until modules with buffers are carried.
         step: how many updates each level has made; integers, constants under every map.
         seed: where all randomness comes from; an integer, a constant under every map.
     """

@@ -87,6 +87,28 @@ def test_dtypes_are_kept(name: str, params: object, seed: int) -> None:
     assert _tree.all_finite(answers)
 
 
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_float32_has_float32_accuracy(name: str) -> None:
+    double = quadratic(in_double(STRUCTURES["dict"]()), {"x": torch.zeros(3).double()}, seed=4)
+    estimator = ESTIMATORS[name](double.top, 6)
+    params, x = _tree.map(torch.Tensor.float, double.params), {"x": double.inputs["x"].float()}
+    a, b = double.a.float(), double.b["x"].float()
+
+    def loss(y: object, inputs: dict[str, object]) -> torch.Tensor:
+        flat = ravel(y)
+        return 0.5 * flat @ (a @ flat) - flat @ (b @ inputs["x"])
+
+    trajectory = estimator.requires == "trajectory"
+    at = _tree.map(torch.Tensor.float, double.params if trajectory else double.solution())
+    v = vector_like(params, seed=5)
+    answers, _, _ = estimator.vjp(solved(loss, at, x, estimator, steps=STEPS if trajectory else 0), v, None)
+    # float32's ε = 1.2e-7 times cond = 3 and a few dozen operations; the central difference loses half the digits, √ε.
+    relative = 5e-3 if name == "finite difference" else 2e-5
+    reference = target(double, estimator, in_double(v))["x"]
+    assert answers["x"].dtype == torch.float32
+    assert_agrees(answers["x"].double(), reference, relative=relative, size=size(double, v))
+
+
 @given(seed=st.integers(0, 2**20))
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_linear_in_the_cotangent_and_repeatable(name: str, seed: int) -> None:

@@ -140,6 +140,26 @@ def test_the_lowest_level_has_its_own_gradient() -> None:
     assert torch.allclose(answer, params["y"] - params["x"] + BATCHES[0], rtol=1e-14)
 
 
+def test_only_the_batches_of_levels_that_run_are_needed() -> None:
+    p = fm.Multilevel(
+        fm.Level("y", lower, torchopt.sgd(0.1), response=fm.ITD()),
+        fm.Level("x", lambda x, y, batch: ((x - y) * batch).sum(), torchopt.sgd(0.1)),
+    )
+    state = p.init(start())
+    answer = p.hypergradient(state, {"y": BATCHES[0]}, of="y")
+    assert bits(answer) == bits(p.hypergradient(state, {"y": BATCHES[0], "x": iter([])}, of="y"))
+
+
+def test_a_replay_that_was_not_announced_is_refused() -> None:
+    class Replaying(fm.BestResponse):
+        def vjp(self, solved, cotangent, state):
+            solved.update(*solved.start(solved.inputs), solved.inputs, 0)
+
+    p = program(Replaying())
+    with pytest.raises(fm.BatchError, match=r'step 0 of level .y. came from an iterator and is gone.*requires = "replay"'):
+        p.step(p.init(start()), {"y": iter(BATCHES)})
+
+
 def test_without_solving_the_state_is_the_solution() -> None:
     p, params = program(), start()
     state = p.init(params)
