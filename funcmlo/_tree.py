@@ -104,8 +104,15 @@ def dot(a: Tree, b: Tree) -> Tensor:
 
 
 def norm(a: Tree) -> Tensor:
-    """Return ‖a‖, the Euclidean norm over all leaves, a 0-d tensor."""
-    return dot(a, a).sqrt()
+    """Return ‖a‖, the Euclidean norm over all leaves, a 0-d tensor.
+
+    Squares are summed in float64, so that no float32 entry under- or overflows.
+    """
+    total = torch.zeros((), dtype=precision(a))
+    for x in leaves(a):
+        wide = total.dtype if x.device.type == "mps" else torch.float64  # that device has no float64
+        total = torch.hypot(total.to(x.device), torch.linalg.vector_norm(x, dtype=wide).to(total.dtype))
+    return total
 
 
 def size(a: Tree) -> int:
@@ -128,8 +135,11 @@ def coarsest_epsilon(a: Tree) -> float:
 
 def all_finite(tree: Tree) -> bool:
     """Say whether every floating-point tensor of the tree is finite (waits for the device)."""
-    checks = [torch.isfinite(x).all() for x in leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()]
-    return all(bool(check) for check in checks)
+    checks: dict[torch.device, list[Tensor]] = {}
+    for x in leaves(tree):
+        if isinstance(x, Tensor) and x.is_floating_point():
+            checks.setdefault(x.device, []).append(torch.isfinite(x).all())
+    return all(bool(torch.stack(flags).all()) for flags in checks.values())
 
 
 def mismatch(expected: Tree, came: Tree) -> str | None:

@@ -55,6 +55,11 @@ def _feed(level: Level, batches: Mapping[str, Any], start: int, *, pure: bool) -
             raise BatchError(f"level '{name}' takes a batch, but none came: pass batches={{'{name}': …}}.")
         return lambda t: None
     given = batches[name]
+    if level.has_constant_batch and given is not None:
+        raise BatchError(
+            f"batches['{name}'] came, but the loss of level '{name}' gives its batch a default, which makes it a constant; "
+            "take the default away."
+        )
     if isinstance(given, DataLoader):
         raise BatchError(
             f"batches['{name}'] is a DataLoader, which is no iterator: pass iter(loader) to step, one batch of it, or a "
@@ -73,9 +78,24 @@ def _feed(level: Level, batches: Mapping[str, Any], start: int, *, pure: bool) -
             )
         return _Sequential(name, given, start)
     if callable(given):
-        source: Feed = given
-        return source
+        return _Indexed(given)
     return lambda t: given
+
+
+class _Indexed:
+    """An indexed source behind a feed: the last batch is kept, because estimators ask for it again and again.
+
+    So a source that draws at random gives one batch per step all the same.
+    """
+
+    def __init__(self, source: Feed) -> None:
+        self._source = source
+        self._last: tuple[int, Any] | None = None
+
+    def __call__(self, t: int) -> Any:
+        if self._last is None or self._last[0] != t:
+            self._last = (t, self._source(t))
+        return self._last[1]
 
 
 class _Sequential:

@@ -126,3 +126,32 @@ class Graph:
             reads += [f"{source} (l2u)" for source, level in self.l2u if level == name]
             lines.append(f"{name} <- {listing(reads)}")
         return "\n".join(lines)
+
+
+def doubts(levels: Sequence[Level], graph: Graph) -> list[str]:
+    """Say what a program declares that is legal and yet probably not meant.
+
+    Args:
+        levels: the levels, lowest first.
+        graph: their graph.
+
+    Returns:
+        A sentence for each doubt.
+    """
+    found = [
+        f"no path leads from level '{level.name}' through a level below it back to its cost, so its hypergradient is its "
+        f"direct gradient alone. Its graph:\n{graph}"
+        for level in levels[1:]
+        if not graph.paths(level.name)
+    ]
+    for level in levels:
+        # An optimizer's settings leave a converged solution where it is. So does a start, and is meant to where the
+        # loss reads the same level (a proximal term).
+        unseen = {name for name in level.start_levels if name not in level.cost_levels} | set(level.optimizer_levels)
+        if unseen and level.response.requires == "solution":
+            found.append(
+                f"level '{level.name}': {type(level.response).__name__} looks at the solution alone, so nothing of a "
+                f"hypergradient comes through what its init or its optimizer reads of {listing(sorted(unseen))}; use "
+                "ITD(), which follows the inner steps."
+            )
+    return found

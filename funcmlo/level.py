@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class Level:
         loss: `loss(params, …)` → a 0-d tensor, or (0-d tensor, dict of metrics).
         optimizer: a torchopt transformation such as `torchopt.sgd(0.1)`; or a function of level names that returns
             one, `lambda rates: torchopt.sgd(rates["lr"])`, so that its hyperparameters are a level's parameters.
-        steps: updates for each update of the level above.
+        steps: updates for each update of the level above; with 0 the level is taken to be solved where it stands.
         response: how the levels above differentiate through this one's solution.
         reads: level names (or `"batch"`) by argument name, where the loss's arguments are not named after levels.
         init: where each inner loop starts, a function of level names (`lambda meta: meta`); the optimizer starts
@@ -91,6 +92,11 @@ class Level:
         return BATCH in self._cost.sources
 
     @property
+    def has_constant_batch(self) -> bool:
+        """Whether the loss has an argument `batch` that is a constant, because it has a default."""
+        return BATCH in self._cost.constants
+
+    @property
     def reads_levels(self) -> tuple[str, ...]:
         """The levels that the loss, `init` and the optimizer read, each once."""
         return tuple(dict.fromkeys((*self.cost_levels, *self.loop_levels)))
@@ -101,10 +107,19 @@ class Level:
         return self._cost.levels
 
     @property
+    def start_levels(self) -> tuple[str, ...]:
+        """The levels that `init` reads."""
+        return () if self._start is None else self._start.levels
+
+    @property
+    def optimizer_levels(self) -> tuple[str, ...]:
+        """The levels that the optimizer reads."""
+        return () if self._factory is None else self._factory.levels
+
+    @property
     def loop_levels(self) -> tuple[str, ...]:
         """The levels that `init` and the optimizer read, each once."""
-        calls = [call for call in (self._start, self._factory) if call is not None]
-        return tuple(dict.fromkeys(name for call in calls for name in call.levels))
+        return tuple(dict.fromkeys((*self.start_levels, *self.optimizer_levels)))
 
     def cost(self, params: Tree, inputs: Mapping[str, Tree], batch: Any) -> Any:
         """Call the loss; what it returns is not yet checked."""
@@ -152,12 +167,17 @@ class Level:
                 f"level '{name}': {kind} keeps its state inside itself; expected a functional optimizer, such as "
                 f"torchopt.{kind.removeprefix('Meta').lower()}(lr)."
             )
+        if not _is_transformation(self.optimizer) and getattr(self.optimizer, "__module__", "").startswith("torch"):
+            raise DefinitionError(
+                f"level '{name}': optimizer={getattr(self.optimizer, '__name__', self.optimizer)!r} is not called; expected "
+                "a functional optimizer such as torchopt.sgd(0.1)."
+            )
         if not _is_transformation(self.optimizer) and not callable(self.optimizer):
             raise DefinitionError(
                 f"level '{name}': optimizer must be a functional optimizer such as torchopt.sgd(0.1), or a function of "
                 f"level names that returns one; {type(self.optimizer).__name__} came."
             )
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, Integral) or self.steps < 0:
             raise DefinitionError(f"level '{name}': steps={self.steps!r}; expected an integer of at least 0.")
         if not isinstance(self.response, BestResponse):
             made = " (call it: ITD())" if isinstance(self.response, type) else ""
@@ -169,14 +189,17 @@ class Level:
             function = getattr(self, what)
             if function is not None and not callable(function):
                 raise DefinitionError(f"level '{name}': {what} must be a function, but {type(function).__name__} came.")
+        if not isinstance(self.maximize, bool):
+            raise DefinitionError(f"level '{name}': maximize={self.maximize!r}; expected True or False.")
         if self.tasks is not None:
             raise DefinitionError(
                 f"level '{name}': tasks={self.tasks!r}, but task levels are not carried yet; leave it out."
             )
-        if self.reads is not None and not isinstance(self.reads, Mapping):
+        if self.reads is not None and not (
+            isinstance(self.reads, Mapping) and all(isinstance(x, str) for pair in self.reads.items() for x in pair)
+        ):
             raise DefinitionError(
-                f"level '{name}': reads must be a dict from argument names to level names, but "
-                f"{type(self.reads).__name__} came."
+                f"level '{name}': reads must be a dict from argument names to level names, but {self.reads!r} came."
             )
 
     def _check_sources(self, call: Call | None, what: str) -> None:

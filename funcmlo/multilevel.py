@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,11 +19,12 @@ from funcmlo.errors import (
     FuncmloWarning,
     ParameterError,
     listing,
-    suggest,
 )
 from funcmlo.fold import Folded, total_gradient
-from funcmlo.graph import Graph
+from funcmlo.graph import Graph, doubts
+from funcmlo.initial import first_state
 from funcmlo.level import Level
+from funcmlo.purity import untouched
 from funcmlo.state import State
 from funcmlo.unroll import Problem, Run
 
@@ -63,17 +63,17 @@ class Multilevel:
             raise DefinitionError(f"Multilevel carries one or two levels yet; {len(levels)} came.")
         if composition != "paths":
             raise DefinitionError(f"composition={composition!r} is not carried yet; expected 'paths'.")
+        top = levels[-1]
+        if top.steps != 1 or top.init is not None:
+            raise DefinitionError(
+                f"level '{top.name}' is the top level, which makes one update for each call of step: leave out its steps "
+                "(call step again) and its init (pass its parameters to program.init)."
+            )
         self.levels = levels
         self.composition = composition
         self.graph = Graph.of(levels)
-        for level in levels[1:]:
-            if not self.graph.paths(level.name):
-                warnings.warn(
-                    f"no path leads from level '{level.name}' through a level below it back to its cost, so its "
-                    f"hypergradient is its direct gradient alone. Its graph:\n{self.graph}",
-                    FuncmloWarning,
-                    stacklevel=2,
-                )
+        for warning in doubts(levels, self.graph):
+            warnings.warn(warning, FuncmloWarning, stacklevel=2)
 
     def init(self, params: Mapping[str, Tree], *, buffers: Mapping[str, Tree] | None = None, seed: int = 0) -> State:
         """Return the program's first state.
@@ -90,42 +90,7 @@ class Multilevel:
         Raises:
             ParameterError: a level's parameters are missing, unknown, or no tree of floating-point tensors.
         """
-        names = self.graph.levels
-        if not isinstance(params, Mapping):
-            raise ParameterError(f"init takes a dict from level names to parameters; {type(params).__name__} came.")
-        if buffers:
-            raise ParameterError(
-                f"init got buffers for {listing(buffers)}, but buffers are not carried yet; leave them out."
-            )
-        for name in params:
-            if name not in names:
-                raise ParameterError(
-                    f"init got parameters for '{name}', which is no level{suggest(name, names)} Levels: {listing(names)}."
-                )
-        try:
-            seed = operator.index(seed)
-        except TypeError:
-            raise ParameterError(f"seed={seed!r}; expected an integer.") from None
-        own: dict[str, Tree] = {}
-        optimizer: dict[str, Tree] = {}
-        for level in reversed(self.levels):  # the highest first: an `init` reads the levels above it
-            name = level.name
-            if name in params:
-                own[name] = _parameters(name, params[name])
-            elif level.init is not None:
-                own[name] = _parameters(name, level.starting_point(own))
-            else:
-                raise ParameterError(f"init got no parameters for level '{name}'; levels: {listing(names)}.")
-        for level in self.levels:
-            optimizer[level.name] = level.optimizer_for(own).init(own[level.name])
-        return State(
-            params={name: own[name] for name in names},
-            optimizer=optimizer,
-            response={level.name: level.response.init(own[level.name]) for level in self.levels},
-            buffers={name: {} for name in names},
-            step=dict.fromkeys(names, 0),
-            seed=seed,
-        )
+        return first_state(self.levels, params, buffers or {}, seed)
 
     def step(self, state: State, batches: Mapping[str, Any]) -> tuple[State, dict[str, dict[str, Any]]]:
         """Make one outer step: each lower level's `steps` updates, then one update of the top level.
@@ -144,7 +109,7 @@ class Multilevel:
                 is no longer finite. The state that came in is still good.
         """
         feed = self._begin(self.levels, state, batches, pure=False)
-        with torch.no_grad():
+        with untouched(state), torch.no_grad():
             runs = {level.name: self._run(level, state, feed, level.steps) for level in self.levels[:-1]}
             state = self._after(state, runs)
             top = self.levels[-1]
@@ -201,7 +166,7 @@ class Multilevel:
         level = self._level(of)
         lower = self.levels[: self.levels.index(level)]
         feed = self._begin((*lower, level), state, batches, pure=True)
-        with torch.no_grad():
+        with untouched(state), torch.no_grad():
             runs = {below.name: self._run(below, state, feed, below.steps if solve else 0) for below in lower}
             state = self._after(state, runs)
             problem = self._problem(level, state, feed)
@@ -226,6 +191,10 @@ class Multilevel:
             raise ParameterError(
                 f"the state belongs to another program: it has levels {listing(state.params)}; expected "
                 f"{listing(self.graph.levels)}."
+            )
+        if torch.is_inference_mode_enabled():
+            raise EstimatorError(
+                "step and hypergradient take gradients, which torch.inference_mode forbids; use torch.no_grad, or nothing."
             )
         if _diff.differentiating():
             raise EstimatorError(
@@ -257,19 +226,6 @@ class Multilevel:
     def _fold(self, level: Level, problem: Problem, state: State, runs: Mapping[str, Run]) -> Folded:
         solved = {name: (self._level(name).response, run.solved) for name, run in runs.items()}
         return total_gradient(self.graph, problem, state.params, solved, state.response)
-
-
-def _parameters(name: str, tree: Tree) -> Tree:
-    """Copy a level's parameters, or say what is no parameter."""
-    for path, leaf in _tree.named_leaves(tree):
-        where = f"level '{name}': parameter{' ' + path if path else ''}"
-        if not isinstance(leaf, Tensor):
-            raise ParameterError(
-                f"{where} is {type(leaf).__name__}; expected a floating-point tensor, such as torch.tensor({leaf!r})."
-            )
-        if not leaf.is_floating_point():
-            raise ParameterError(f"{where} has dtype {leaf.dtype}; expected a real floating-point dtype: use .float().")
-    return _tree.map(lambda x: x.detach().clone(), tree)
 
 
 def _signed(level: Level, cost: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torchopt.base import ChainedGradientTransformation, GradientTransformation
 from torchopt.combine import chain_flat
+from torchopt.transform import masked
+from torchopt.transform.utils import tree_map_flat
 
 from funcmlo import _tree
 from funcmlo._tree import Tree
@@ -38,7 +40,7 @@ def mend(optimizer: GradientTransformation) -> GradientTransformation:
 
     Args:
         optimizer: a torchopt transformation, or any pair with its `init(params)` and
-            `update(updates, state, *, params, inplace)`.
+            `update(updates, state, *, params, inplace)`; `params` and `inplace` may be missing.
 
     Returns:
         A transformation with the same updates, in the same state wherever torchopt's own state suffices.
@@ -55,10 +57,14 @@ def mend(optimizer: GradientTransformation) -> GradientTransformation:
         https://torchopt.readthedocs.io/en/latest/optimizer/optim.html
     """
     mended = _mend(optimizer)
+    taken = inspect.signature(mended.update).parameters
+    # torchopt's default is in place, and passes down a chain; a pair from elsewhere may know neither word.
+    fixed = {"inplace": False} if "inplace" in taken else {}
 
     def update(updates: Tree, state: Any, *, params: Tree = None, inplace: bool = False) -> tuple[Tree, Any]:
-        del inplace  # torchopt's default is True, and passes down a chain
-        updates, state = mended.update(updates, state, params=params, inplace=False)
+        del inplace
+        known = {"params": params, **fixed} if "params" in taken else fixed
+        updates, state = mended.update(updates, state, **known)
         return updates, state
 
     return GradientTransformation(mended.init, update)
@@ -82,6 +88,10 @@ def _mend(optimizer: GradientTransformation) -> GradientTransformation:
         return optimizer
     if maker == "chain_flat":
         return chain_flat(_mend(_closure(optimizer)["inner"]))
+    if maker == "_masked":
+        part = _closure(optimizer)
+        flat = part["tree_map"] is tree_map_flat
+        return masked.impl(_mend(part["inner"]), part["mask"], already_flattened=flat)
     if maker == "clip_grad_norm":
         return _clip_grad_norm(**_chosen(optimizer, "max_norm", "norm_type", "error_if_nonfinite"))
     if maker == "_trace":
@@ -177,8 +187,10 @@ def _scale_by_adam(
     return GradientTransformation(optimizer.init, update)
 
 
-def _correction(beta: float, t: Tensor) -> Tensor:
-    """1 − β^t without cancellation."""
+def _correction(beta: float | Tensor, t: Tensor) -> Tensor:
+    """1 − β^t, without cancellation for a number β; a learned β stays in the graph."""
+    if isinstance(beta, Tensor):
+        return 1 - beta**t
     return -torch.expm1(t * math.log(beta)) if beta else torch.ones_like(t)
 
 

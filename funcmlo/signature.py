@@ -28,11 +28,13 @@ class Call:
         function: the function.
         positional: the sources of its positional arguments, after the level's own parameters if it takes those.
         keyword: (argument, source) pairs passed by keyword.
+        constants: the arguments that keep their defaults.
     """
 
     function: Callable[..., Any]
     positional: tuple[str, ...] = ()
     keyword: tuple[tuple[str, str], ...] = ()
+    constants: tuple[str, ...] = ()
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -81,13 +83,14 @@ def read_call(
     extra = next((p for p in parameters if p.kind is _VAR_KEYWORD), None)
     first = _take_own(parameters, owner) if own else None
 
-    positional, keyword = [], []
+    positional, keyword, constants = [], [], []
     for parameter in parameters:
         if parameter.kind in (_VAR_POSITIONAL, _VAR_KEYWORD):
             continue
         declared = reads.pop(parameter.name, None)
         if declared is None and parameter.default is not inspect.Parameter.empty:
-            continue  # a constant
+            constants.append(parameter)
+            continue
         source = declared or parameter.name
         by_keyword = parameter.kind is inspect.Parameter.KEYWORD_ONLY or parameter.default is not inspect.Parameter.empty
         if by_keyword:
@@ -100,6 +103,12 @@ def read_call(
             f"{owner} takes *{rest.name}, which does not say what it reads; declare it with "
             'reads={"argument": "level"}, in the order of the arguments.'
         )
+    skipped = [p.name for p in constants if p.kind in _BY_POSITION]
+    if reads and rest is not None and skipped:
+        raise DefinitionError(
+            f"{owner} has defaults before *{rest.name} ({listing(skipped)}), which what *{rest.name} receives would fill; "
+            "make them keyword-only, or bind them with functools.partial."
+        )
     if reads and rest is not None:
         positional.extend(reads.values())
     elif reads and extra is not None:
@@ -109,17 +118,17 @@ def read_call(
         raise DefinitionError(
             f"{owner} has no argument {listing(repr(name) for name in reads)} that reads= names; its arguments: {names}."
         )
-    return Call(function, tuple(positional), tuple(keyword)), first
+    return Call(function, tuple(positional), tuple(keyword), tuple(p.name for p in constants)), first
 
 
 _VAR_POSITIONAL = inspect.Parameter.VAR_POSITIONAL
 _VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def _take_own(parameters: list[inspect.Parameter], owner: str) -> str | None:
     """Remove the level's own parameters from the front of the signature."""
-    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    if parameters and parameters[0].kind in by_position:
+    if parameters and parameters[0].kind in _BY_POSITION:
         return parameters.pop(0).name
     if parameters and parameters[0].kind is _VAR_POSITIONAL:
         return None

@@ -15,7 +15,8 @@ class Stateless:
     """An `nn.Module` as a pure function: `net(params, *inputs)`.
 
     The module is never changed. Its structure and mode are those at construction; `params()` reads its values when
-    called.
+    called, all of them: which of them train is the level's to say, whatever their `requires_grad`. A forward that counts
+    its own calls or caches in attributes is no function of its inputs, and stays none.
 
     Args:
         module: a module without buffers, without active dropout and without tied parameters; these are refused.
@@ -50,7 +51,7 @@ class Stateless:
             raise DefinitionError(
                 f"{type(module).__name__} cannot be copied ({error}); Stateless needs a module that copy.deepcopy takes."
             ) from error
-        self._names = tuple(name for name, _ in module.named_parameters())
+        self._shapes = {name: p.shape for name, p in module.named_parameters()}
 
     def params(self) -> dict[str, Tensor]:
         """Return copies of the module's parameters by name, as they are now, cut from any graph."""
@@ -79,15 +80,21 @@ class Stateless:
             raise ParameterError(
                 f"Stateless({name}) takes a dict of parameters first, but {type(params).__name__} came; call net(params, x)."
             )
-        if params.keys() == set(self._names):
+        if params.keys() == self._shapes.keys():
+            for key, shape in self._shapes.items():
+                if params[key].shape != shape:
+                    raise ParameterError(
+                        f"Stateless({name}): parameter '{key}' has shape {tuple(params[key].shape)}, expected "
+                        f"{tuple(shape)}; net.params() has them all."
+                    )
             return
-        for missing in self._names:
+        for missing in self._shapes:
             if missing not in params:
                 raise ParameterError(f"Stateless({name}): parameter '{missing}' is missing; {listing(params)} came.")
         for unknown in params:
-            if unknown not in self._names:
-                hint = suggest(unknown, self._names)
-                raise ParameterError(f"Stateless({name}) has no parameter '{unknown}'{hint} It has {listing(self._names)}.")
+            if unknown not in self._shapes:
+                hint = suggest(unknown, self._shapes)
+                raise ParameterError(f"Stateless({name}) has no parameter '{unknown}'{hint} It has {listing(self._shapes)}.")
 
     def __repr__(self) -> str:
         """Name the module and count its parameters."""
@@ -108,7 +115,7 @@ def _refuse(module: nn.Module) -> None:
         rate = (
             getattr(part, "p", None) if isinstance(part, nn.modules.dropout._DropoutNd) else getattr(part, "dropout", None)
         )
-        if part.training and isinstance(rate, float) and rate > 0:
+        if part.training and isinstance(rate, (int, float)) and not isinstance(rate, bool) and rate > 0:
             raise DefinitionError(
                 f"{name} has active dropout ({path or name}, p={rate}), which Stateless does not carry yet; call "
                 "module.eval() first, or set its probability to 0."

@@ -72,10 +72,10 @@ class Problem:
                 FuncmloWarning,
                 stacklevel=2,
             )
-        params, opt_state = self.apply(params, opt_state, inputs, gradient)
+        params, opt_state = self.apply(params, opt_state, inputs, gradient, t)
         return params, opt_state, value, aux
 
-    def apply(self, params: Tree, opt_state: Tree, inputs: dict[str, Tree], gradient: Tree) -> tuple[Tree, Tree]:
+    def apply(self, params: Tree, opt_state: Tree, inputs: dict[str, Tree], gradient: Tree, t: int = 0) -> tuple[Tree, Tree]:
         """Give a gradient to the level's optimizer and project what comes out.
 
         Args:
@@ -83,6 +83,7 @@ class Problem:
             opt_state: its optimizer's state.
             inputs: the parameters of the levels that it reads.
             gradient: a tree like params.
+            t: the step's number within this call.
 
         Returns:
             The new parameters and optimizer state.
@@ -94,7 +95,8 @@ class Problem:
         updates, opt_state = optimizer.update(gradient, opt_state, params=params, inplace=False)
         new = optim.apply(params, updates)
         if self.level.project is not None:
-            projected = self.level.project(new)
+            with _random.seeded(self._seed_of("project", t)):
+                projected = self.level.project(new)
             if difference := _tree.mismatch(new, projected):
                 raise ParameterError(
                     f"level '{self.level.name}': what project= returns and its parameters differ: {difference}."
@@ -118,10 +120,15 @@ class Problem:
         """
         if self.level.init is None:
             return params, opt_state
-        begin = self.level.starting_point(inputs)
+        with _random.seeded(self._seed_of("init", 0)):
+            begin = self.level.starting_point(inputs)
         if difference := _tree.mismatch(params, begin):
             raise ParameterError(f"level '{self.level.name}': what init= returns and its parameters differ: {difference}.")
         return begin, self.level.optimizer_for(inputs).init(begin)
+
+    def _seed_of(self, what: str, t: int) -> int:
+        """The seed of what a step draws besides its cost."""
+        return _random.step_seed(self.seed, f"{self.level.name}.{what}", self.first + t)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     request = Request(
         dataset=chosen.dataset or experiment.datasets[0],
         preset=chosen.preset,
-        methods=tuple(chosen.methods or experiment.methods),
+        methods=tuple(dict.fromkeys(chosen.methods or experiment.methods)),
         seeds=chosen.seeds,
         out=chosen.out or Path("results") / experiment.name / chosen.preset,
         data_dir=chosen.data_dir,
@@ -64,15 +64,20 @@ def _parser() -> argparse.ArgumentParser:
         )
         one.add_argument("--seeds", type=_positive, default=1, metavar="N", help="how many seeds, from 0; default: 1")
         one.add_argument("--out", type=Path, metavar="DIR", help="default: results/NAME/PRESET")
-        one.add_argument("--data-dir", type=Path, metavar="DIR", help="where data sets are looked for first")
+        one.add_argument("--data-dir", type=_folder, metavar="DIR", help="where data sets are looked for first")
     return parser
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} came; expected at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} came; expected an integer of at least 1")
+    return int(text)
+
+
+def _folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder")
+    return Path(text)
 
 
 def _listing() -> str:

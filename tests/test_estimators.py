@@ -203,3 +203,30 @@ def test_finite_difference_takes_the_step_it_is_given(scale: float) -> None:
     expected = -(3 * y**2 * v + (scale / 2) ** 2 * v**3)
     assert torch.allclose(answers["x"], expected, rtol=1e-8)
     assert stats.gradients == 2
+
+
+@pytest.mark.parametrize("inputs_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("params_dtype", [torch.float64, torch.float32])
+def test_the_difference_step_suits_the_coarsest_dtype(params_dtype: torch.dtype, inputs_dtype: torch.dtype) -> None:
+    a = vector_like(torch.zeros(5, 5).double(), 0)
+
+    def loss(y: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (torch.tanh(a.to(y.dtype) @ y) * torch.exp(inputs["x"].to(y.dtype))).sum()
+
+    y, x, v = torch.linspace(-1, 1, 5), torch.linspace(-1, 1, 5), torch.linspace(0.5, 1, 5)
+    at = solved(loss, y.to(params_dtype), {"x": x.to(inputs_dtype)}, fm.FiniteDifference())
+    answers, _, _ = fm.FiniteDifference().vjp(at, v.to(params_dtype), None)
+    # ∂g/∂x_i = tanh(a_i y) exp(x_i), so −∇²_xy g v = −exp(x) (1 − tanh²) (a v).
+    slope = 1 - torch.tanh(a @ y.double()) ** 2
+    expected = -torch.exp(x.to(inputs_dtype).double()) * slope * (a @ v.double())
+    # A central difference loses half the digits of the coarsest dtype.
+    relative = 4 * torch.finfo(inputs_dtype).eps ** 0.5
+    assert answers["x"].dtype == inputs_dtype
+    assert_agrees(answers["x"].double(), expected, relative=relative)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e25])
+def test_the_size_of_the_cotangent_does_not_matter_to_the_difference(size: float) -> None:
+    at = solved(lambda y, x: (x["x"] * y**2).sum(), torch.tensor([1.0, 2.0]), {"x": torch.ones(2)}, fm.FiniteDifference())
+    answers, _, _ = fm.FiniteDifference().vjp(at, size * torch.tensor([1.0, 1.0]), None)
+    assert torch.allclose(answers["x"] / size, torch.tensor([-2.0, -4.0]), rtol=1e-2)

@@ -162,6 +162,25 @@ def test_itd_follows_learned_learning_rates_and_starts() -> None:
     assert_agrees(program.hypergradient(state, {}, of="x"), reference, error)
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_itd_follows_learned_betas(which: int) -> None:
+    def lower(y):
+        return (torch.tanh(y - 1.0) ** 2).sum() + 0.1 * (y**2).sum()
+
+    def optimizer(x):
+        betas = [0.9, 0.99]
+        betas[which] = x["beta"]
+        return torchopt.adam(0.1, betas=tuple(betas))
+
+    program = fm.Multilevel(
+        fm.Level("y", lower, optimizer, steps=4, response=fm.ITD()),
+        fm.Level("x", lambda x, y: torch.sin(y).sum(), torchopt.sgd(0.1)),
+    )
+    state = program.init({"y": torch.tensor([0.3, -0.5]).double(), "x": {"beta": torch.tensor(0.8).double()}})
+    reference, error = finite_difference(value_of(program, state, {}, "x"), state.params["x"])
+    assert_agrees(program.hypergradient(state, {}, of="x"), reference, error)
+
+
 def test_a_start_that_the_loss_reads_too_is_differentiated_once() -> None:
     # The loop starts at meta itself and the loss pulls back to it: ∂g/∂y must not see meta through y₀.
     # y₁ = m − r[(m − b) + λ(m − m)] and y₂ = y₁ − r[(y₁ − b) + λ(y₁ − m)].

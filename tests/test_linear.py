@@ -151,3 +151,45 @@ def test_dense_and_product_agree_and_are_symmetric(like: object, seed: int) -> N
     u, v = vector_like(like, seed), vector_like(like, seed + 1)
     left, right = _tree.dot(operator(h, like)(u), v), _tree.dot(u, operator(h, like)(v))
     assert torch.allclose(left, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e18, 1e30])
+@pytest.mark.parametrize("solver", [fm.CG(5), fm.Direct()], ids=repr)
+def test_the_size_of_the_right_hand_side_does_not_matter(solver: fm.LinearSolver, size: float) -> None:
+    # In float32 the squares of these numbers are 0 or infinite.
+    h = torch.tensor([[3.0, 1.0], [1.0, 2.0]])
+    solution = solver.solve(Operator(lambda u: h @ u, like=torch.zeros(2)), size * torch.tensor([5.0, 5.0]))
+    assert torch.allclose(solution.value / size, torch.tensor([1.0, 2.0]), rtol=1e-5)
+    assert bool(solution.converged)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_not_taken_for_negative_curvature(dtype: torch.dtype) -> None:
+    h, v = torch.tensor([1.0, 0.25], dtype=dtype), torch.ones(2, dtype=dtype)
+    solution = fm.CG(10).solve(Operator(lambda u: h * u, like=v), v)
+    assert torch.allclose(solution.value.float(), torch.tensor([1.0, 4.0]), rtol=0.05)
+    assert not bool(solution.negative_curvature)
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_product_that_is_nan_is_not_hidden(where: int) -> None:
+    products = []
+
+    def matvec(u: torch.Tensor) -> torch.Tensor:
+        products.append(u)
+        return torch.tensor([1.0, 2.0]) * u * (torch.nan if len(products) > where else 1.0)
+
+    v = torch.ones(2)
+    solution = fm.CG(4).solve(Operator(matvec, like=v), v)
+    assert not torch.isfinite(solution.value).any()
+    assert not bool(solution.converged)
+
+
+def test_direct_trusts_a_mixed_tree_no_further_than_its_coarsest_leaf() -> None:
+    like = {"a": torch.zeros(2), "b": torch.zeros(2).double()}
+    q = torch.linalg.qr(vector_like(torch.zeros(4, 4).double(), 0))[0]
+    h = torch.outer(q[:, 0], q[:, 0])  # rank one: H⁺v = q ⟨q, v⟩, and q holds float32's rounding in the columns of b
+    v = vector_like(like, 1)
+    solution = fm.Direct().solve(operator(h, like), v)
+    expected = q[:, 0] * (q[:, 0] @ ravel(v))
+    assert torch.allclose(ravel(solution.value), expected, rtol=0, atol=1e-5)

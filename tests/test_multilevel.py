@@ -79,7 +79,16 @@ def test_fixed_batches_indexed_sources_and_iterators() -> None:
     # An indexed source counts the level's own steps on, from call to call.
     asked = []
     p.step(by_index, {"y": lambda t: asked.append(t) or BATCHES[t]})
-    assert sorted(set(asked)) == [3, 4, 5]
+    assert asked == [3, 4, 5]
+
+
+@pytest.mark.parametrize("response", [fm.ITD(), fm.AID(fm.CG(5)), fm.FiniteDifference()], ids=repr)
+def test_an_indexed_source_is_asked_once_for_each_step(response: fm.BestResponse) -> None:
+    # So that a source that draws at random still gives one batch per step, perturbed evaluations included.
+    asked = []
+    p = program(response)
+    p.hypergradient(p.init(start()), {"y": lambda t: asked.append(t) or BATCHES[t]}, of="x")
+    assert asked == [0, 1, 2]
 
 
 def test_an_iterator_gives_one_batch_per_update_and_no_more() -> None:
@@ -373,6 +382,30 @@ def test_a_trajectory_holds_its_states() -> None:
     assert len(states) == 4
     assert bits(states[0][0]) == bits(start()["y"])
     assert bits(states[-1][0]) == bits(after.params["y"])
+
+
+def test_starts_and_projections_that_draw_repeat() -> None:
+    p = fm.Multilevel(
+        fm.Level(
+            "y",
+            lambda y, x: ((y - x) ** 2).sum(),
+            torchopt.sgd(0.1),
+            steps=2,
+            response=fm.ITD(),
+            init=lambda: torch.rand(4, dtype=torch.float64),
+            project=lambda y: y + 0.1 * torch.randn(4, dtype=torch.float64),
+        ),
+        fm.Level("x", upper, torchopt.sgd(0.1)),
+    )
+    torch.manual_seed(0)
+    state = p.init({"x": start()["x"]}, seed=1)
+    first, second = (p.step(state, {})[0] for _ in range(2))
+    assert bits(first.params) == bits(second.params)
+    assert bits(p.init({"x": start()["x"]}, seed=1).params) == bits(state.params)
+    assert bits(p.init({"x": start()["x"]}, seed=2).params) != bits(state.params)
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(1), drawn)
 
 
 def test_seeds_make_the_randomness() -> None:

@@ -154,3 +154,29 @@ def test_a_transformation_from_elsewhere_is_used_as_it_is_but_never_in_place() -
     assert own.init(torch.ones(1)) == ("own",)
     assert own.update(torch.ones(1), ("own",)) == (torch.tensor([-2.0]), ("own",))
     assert seen == [False]
+
+
+def test_masked_parts_are_mended_too() -> None:
+    def mask(params):
+        return [True, False] if isinstance(params, list) else {"a": True, "b": False}
+
+    clip = torchopt.chain(torchopt.transform.masked(torchopt.clip.clip_grad_norm(0.5), mask), torchopt.sgd(1.0))
+    optimizer = optim.mend(clip)
+    grads = {"a": torch.tensor([3.0, 4.0]).double(), "b": torch.tensor([7.0]).double()}
+    state = optimizer.init(grads)
+    assert torch.allclose(optimizer.update(grads, state, params=grads)[0]["a"], torch.tensor([-0.3, -0.4]).double())
+    assert torch.equal(optimizer.update(grads, state, params=grads)[0]["b"], torch.tensor([-7.0]).double())
+
+    def value(g: object) -> Tensor:
+        return optimizer.update(g, state, params=grads)[0]["a"][0]
+
+    reference, error = finite_difference(value, grads)
+    leaves = {k: g.clone().requires_grad_() for k, g in grads.items()}
+    answer = torch.autograd.grad(value(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    assert_agrees(list(answer), reference, error)
+
+
+def test_a_pair_that_knows_neither_params_nor_inplace() -> None:
+    pair = torchopt.base.GradientTransformation(lambda params: 0, lambda g, s: (-g, s + 1))
+    updates, state = optim.mend(pair).update(torch.ones(1), 0, params=torch.zeros(1))
+    assert (float(updates), state) == (-1.0, 1)

@@ -81,6 +81,12 @@ def infinite(y, x):
     return (y * torch.inf).sum()
 
 
+def overwriting(y, x):
+    with torch.no_grad():
+        y.clamp_(-1.0, 1.0)
+    return ((y - x) ** 2).sum()
+
+
 def root(y, x):
     return torch.sqrt(y - x).sum()
 
@@ -108,7 +114,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         D,
         r"no argument 'w' that reads= names; its arguments: x, batch",
     ),
-    "reads= that is no dict": (lambda: level(reads=["x"]), D, r"reads must be a dict.*list came"),
+    "reads= that is no dict": (lambda: level(reads=["x"]), D, r"reads must be a dict.*\['x'\] came"),
     "a level that reads itself": (
         lambda: level(loss=lambda p, y: 0.0),
         D,
@@ -119,6 +125,24 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "an init that takes a batch": (lambda: level(init=lambda batch: batch), D, r"its init reads a batch; only a loss can"),
     "an init that is no function": (lambda: level(init=torch.zeros(2)), D, r"init must be a function, but Tensor came"),
     "a project that is no function": (lambda: level(project=1.0), D, r"project must be a function, but float came"),
+    "reads= of a number": (lambda: level(reads={"x": 3}), D, r"reads must be a dict.*\{'x': 3\} came"),
+    "defaults that *args would fill": (
+        lambda: level(loss=lambda y, x, /, scale=2.0, *rest: 0.0, reads={"a": "batch"}),
+        D,
+        r"has defaults before \*rest \(scale\).*keyword-only, or bind them with functools.partial",
+    ),
+    "maximize that is no truth value": (lambda: level(maximize="no"), D, r"maximize='no'; expected True or False"),
+    "an optimizer that is not called": (lambda: level(optimizer=torchopt.sgd), D, r"optimizer='sgd' is not called"),
+    "torch.optim's class": (
+        lambda: level(optimizer=torch.optim.SGD),
+        D,
+        r"optimizer='SGD' is not called; expected a functional",
+    ),
+    "torchopt's class": (
+        lambda: level(optimizer=torchopt.Adam),
+        D,
+        r"optimizer='Adam' is not called; expected a functional",
+    ),
     "negative steps": (lambda: level(steps=-1), D, r"steps=-1; expected an integer of at least 0"),
     "steps that are no integer": (lambda: level(steps=2.5), D, r"steps=2.5; expected an integer"),
     "steps that are a truth value": (lambda: level(steps=True), D, r"steps=True; expected an integer"),
@@ -137,7 +161,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "an optimizer that is a number": (lambda: level(optimizer=0.1), D, r"optimizer must be a functional.*float came"),
     "an optimizer function that makes none": (
-        lambda: step(lower_optimizer=lambda x: 0.1),
+        lambda: step(lower_optimizer=lambda x: 0.1, response=fm.ITD()),
         D,
         r"its optimizer function returned float; expected a functional optimizer",
     ),
@@ -146,6 +170,15 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "AID of a solver class": (lambda: fm.AID(fm.CG), D, r"expected a linear solver"),
     "CG without iterations": (lambda: fm.CG(0), D, r"CG\(iterations=0\): expected an integer of at least 1"),
     "CG with half an iteration": (lambda: fm.CG(1.5), D, r"CG\(iterations=1.5\)"),
+    "CG with a tolerance that is no number": (lambda: fm.CG(3, tol=float("nan")), D, r"tol=nan"),
+    "CG with a preconditioner that is no function": (
+        lambda: fm.CG(3, preconditioner=3),
+        D,
+        r"preconditioner=3\): expected a function from a tree to a tree",
+    ),
+    "Neumann with an infinite scale": (lambda: fm.Neumann(3, scale=float("inf")), D, r"scale=inf"),
+    "an infinite finite difference": (lambda: fm.FiniteDifference(scale=float("inf")), D, r"scale=inf"),
+    "a dense solve of nothing": (lambda: fm.Direct(max_size=-1), D, r"max_size=-1\): expected an integer of at least 1"),
     "CG with negative damping": (lambda: fm.CG(3, damping=-1.0), D, r"damping=-1.0.*not negative"),
     "Neumann without a scale": (
         lambda: fm.Neumann(3, scale=0.0),
@@ -207,9 +240,19 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         r"first argument is 'y', another level, but the first argument is the level's own parameters",
     ),
     "a start that reads a level below": (
-        lambda: fm.Multilevel(level(loss=lambda y: 0.0), fm.Level("x", upper, SGD, init=lambda y: y)),
+        lambda: fm.Multilevel(level(loss=lambda y: 0.0), fm.Level("x", upper, lambda y: SGD)),
         D,
         r"level 'x': its init or its optimizer reads 'y', a level below it",
+    ),
+    "steps of the top level": (
+        lambda: fm.Multilevel(level(loss=lambda y: 0.0, steps=3)),
+        D,
+        r"level 'y' is the top level, which makes one update for each call of step: leave out its steps",
+    ),
+    "a start of the top level": (
+        lambda: fm.Multilevel(level(loss=lambda y: 0.0, init=lambda: torch.zeros(2))),
+        D,
+        r"leave out.*its init \(pass its parameters to program.init\)",
     ),
     # parameters
     "parameters that are no dict": (lambda: program().init([torch.zeros(2)]), P, r"takes a dict.*list came"),
@@ -230,6 +273,12 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         r"dtype torch.complex64",
     ),
     "a number for a tensor": (lambda: program().init({**PARAMS, "x": 1.5}), P, r"is float; expected.*torch.tensor\(1.5\)"),
+    "a module for parameters": (
+        lambda: program().init({**PARAMS, "x": nn.Linear(1, 1)}),
+        P,
+        r"is Linear; expected.*net = fm.Stateless\(module\), and pass net.params\(\)",
+    ),
+    "an object for parameters": (lambda: program().init({**PARAMS, "x": object()}), P, r"is object; expected.*optree knows"),
     "a seed that is no integer": (lambda: program().init(PARAMS, seed=0.5), P, r"seed=0.5; expected an integer"),
     "buffers for init": (
         lambda: program().init(PARAMS, buffers={"y": {}}),
@@ -282,6 +331,11 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         r"is a DataLoader, which is no iterator: pass iter\(loader\)",
     ),
     "a Dataset": (lambda: step({"y": TensorDataset(torch.zeros(2))}), B, r"is a Dataset \(TensorDataset\)"),
+    "a batch for a loss that gives it a default": (
+        lambda: step(low=lambda y, x, batch=None: ((y - x) ** 2).sum()),
+        B,
+        r"batches\['y'\] came, but the loss of level 'y' gives its batch a default.*take the default away",
+    ),
     "an iterator for a pure call": (
         lambda: hypergradient({"y": itertools.repeat(torch.zeros(2))}),
         B,
@@ -308,6 +362,11 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: step(up=lambda x, y: y),
         L,
         r"level 'x': its loss returned a tensor of shape",
+    ),
+    "a loss that writes to its parameters": (
+        lambda: step(low=overwriting),
+        L,
+        r"parameters of level 'y' were changed in place.*x.clamp\(0, 1\) in place of",
     ),
     "an infinite lower cost": (
         lambda: step(low=infinite),
@@ -341,6 +400,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         D,
         r"active dropout \(1, p=0.3\).*module.eval\(\)",
     ),
+    "certain dropout": (lambda: fm.Stateless(nn.Dropout(1)), D, r"active dropout \(Dropout, p=1\)"),
     "attention with dropout": (lambda: fm.Stateless(nn.MultiheadAttention(4, 2, dropout=0.1)), D, r"active dropout.*p=0.1"),
     "tied weights": (lambda: fm.Stateless(Tied()), D, r"ties 'b.weight' to 'a.weight'.*give each its own tensor"),
     "a module that cannot be copied": (lambda: fm.Stateless(Uncopied()), D, r"Uncopied cannot be copied"),
@@ -354,12 +414,22 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         P,
         r"parameter 'bias' is missing; weight came",
     ),
+    "a parameter of another shape": (
+        lambda: fm.Stateless(nn.Linear(4, 2))({"weight": torch.zeros(7, 4), "bias": torch.zeros(1)}, torch.zeros(4)),
+        P,
+        r"parameter 'weight' has shape \(7, 4\), expected \(2, 4\)",
+    ),
     "a parameter that is unknown": (
         lambda: fm.Stateless(nn.Linear(2, 2, bias=False))(
             {"weight": torch.zeros(2, 2), "bia": torch.zeros(2)}, torch.zeros(2)
         ),
         P,
         r"has no parameter 'bia'. It has weight",
+    ),
+    "inference mode": (
+        lambda: torch.inference_mode()(lambda: hypergradient())(),
+        E,
+        r"torch.inference_mode forbids; use torch.no_grad",
     ),
     "a derivative of a program": (
         lambda: torch.func.grad(lambda y: step(params={**PARAMS, "y": y})[1]["x"]["cost"])(torch.zeros(2)),
@@ -430,3 +500,22 @@ def test_a_response_that_is_zero_because_the_lower_cost_ignores_the_upper_level(
         p = program(low=lambda y, x: (y**2).sum(), response=response)
         state = replace(p.init(PARAMS), seed=4)
         assert torch.equal(p.hypergradient(state, {}, of="x"), torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("fields", "unseen"),
+    [
+        ({"lower_optimizer": lambda x: torchopt.sgd(x[0])}, True),
+        ({"init": lambda x: x, "low": lambda y: (y**2).sum()}, True),
+        ({"init": lambda x: x}, False),  # the loss reads x too: a start beside a proximal term
+    ],
+    ids=["optimizer", "init alone", "init and loss"],
+)
+def test_what_a_solution_cannot_show_is_said(fields: dict[str, object], unseen: bool) -> None:
+    for response in (fm.FiniteDifference(), fm.AID(fm.CG(3))):
+        if unseen:
+            with pytest.warns(fm.FuncmloWarning, match=r"looks at the solution alone.*reads of x; use ITD\(\)"):
+                program(response=response, **fields)
+        else:
+            program(response=response, **fields)
+    program(response=fm.ITD(), **fields)

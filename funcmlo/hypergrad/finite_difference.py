@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +23,8 @@ class FiniteDifference(BestResponse):
     implicit hypergradient, which is what an adaptive upper optimizer needs.
 
     Args:
-        scale: None chooses ‖εv‖ = √ε_m (1 + ‖y*‖) for machine epsilon ε_m, which balances rounding against curvature
+        scale: None chooses ‖εv‖ = √ε_m (1 + ‖y*‖) for the machine epsilon ε_m of the coarsest
+            dtype among the level and its inputs, which balances rounding against curvature
             and the kinks of piecewise-linear networks; a number c sets ε = c/‖v‖, as DARTS and Betty do with 0.01.
 
     Raises:
@@ -49,7 +51,7 @@ class FiniteDifference(BestResponse):
 
     def __post_init__(self) -> None:
         """Refuse a step that is not positive."""
-        if self.scale is not None and not self.scale > 0:
+        if self.scale is not None and not 0 < self.scale < math.inf:
             raise DefinitionError(
                 f"FiniteDifference(scale={self.scale!r}): expected a positive number, or None to choose it."
             )
@@ -71,16 +73,22 @@ class FiniteDifference(BestResponse):
             _, _, (gradient,), _ = _diff.value_and_grads(lambda x: (solved.loss(y, x), None), [solved.inputs])
             return gradient
 
-        epsilon = self._step(solved.params, cotangent)
+        epsilon = self._step(solved, cotangent)
         ahead = gradients(_tree.add_scaled(solved.params, epsilon, cotangent))
         behind = gradients(_tree.add_scaled(solved.params, -epsilon, cotangent))
-        return _tree.scale(-0.5 / epsilon, _tree.subtract(ahead, behind)), state, Stats(gradients=2)
 
-    def _step(self, y: Tree, v: Tree) -> Tensor:
+        def quotient(a: Tensor, b: Tensor) -> Tensor:
+            wide = torch.promote_types(a.dtype, epsilon.dtype)  # 1/2ε may be beyond half precision
+            return ((a.to(wide) - b.to(wide)) * (-0.5 / epsilon.to(a.device))).to(a.dtype)
+
+        return _tree.map(quotient, ahead, behind), state, Stats(gradients=2)
+
+    def _step(self, solved: Solved, v: Tree) -> Tensor:
         """ε, a 0-d tensor; any finite number does for v = 0, where both gradients are the same."""
         v_norm = _tree.norm(v)
         if self.scale is not None:
             length = torch.full_like(v_norm, self.scale)
         else:
-            length = _tree.coarsest_epsilon(v) ** 0.5 * (1 + _tree.norm(y))
+            # The gradients by the inputs are no better than the coarsest leaf that goes into them or comes out.
+            length = _tree.coarsest_epsilon((v, solved.inputs)) ** 0.5 * (1 + _tree.norm(solved.params))
         return length / torch.where(v_norm > 0, v_norm, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Integral
 
 from torch import Tensor
 
@@ -60,5 +61,5 @@ def check_iterations(owner: str, iterations: int) -> None:
     Raises:
         DefinitionError: it is not.
     """
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+    if isinstance(iterations, bool) or not isinstance(iterations, Integral) or iterations < 1:
         raise DefinitionError(f"{owner}(iterations={iterations!r}): expected an integer of at least 1.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ class CG(LinearSolver):
 
     Args:
         iterations: the most products with H.
-        tol: stop when ‖v − Hw‖ ≤ tol · ‖v‖; never less than two machine epsilons.
+        tol: stop when ‖v − Hw‖ ≤ tol · ‖v‖; never less than two machine epsilons. The residual is the recursion's own:
+            where H is ill-conditioned for the dtype, the true one is larger.
         damping: λ ≥ 0.
         preconditioner: a symmetric positive definite map r ↦ M⁻¹r on trees; None for the identity.
 
@@ -51,8 +53,12 @@ class CG(LinearSolver):
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
         check_iterations("CG", self.iterations)
-        if self.tol < 0 or self.damping < 0:
+        if not (self.tol >= 0 and 0 <= self.damping < math.inf):
             raise DefinitionError(f"CG(tol={self.tol!r}, damping={self.damping!r}): expected numbers that are not negative.")
+        if self.preconditioner is not None and not callable(self.preconditioner):
+            raise DefinitionError(
+                f"CG(preconditioner={self.preconditioner!r}): expected a function from a tree to a tree, or None."
+            )
 
     def solve(self, operator: Operator, rhs: Tree) -> Solution:
         """Solve (H + λI) w = v; no iteration depends on data under a torch.func transform or on a GPU.
@@ -65,13 +71,15 @@ class CG(LinearSolver):
             w with its statistics; a zero v gives zero at once.
         """
         epsilon = _tree.coarsest_epsilon(rhs)
+        rounding = min(_FLAT * epsilon, epsilon**0.75)
+        target = max(self.tol, 2 * epsilon)
+        # On v/‖v‖, so that no product of norms under- or overflows.
         v_norm = _tree.norm(rhs)
-        target = max(self.tol, 2 * epsilon) * v_norm
-        x, r = _tree.zeros_like(rhs), rhs
+        active = v_norm > 0
+        r = _tree.scale(1 / torch.where(active, v_norm, 1), rhs)
+        x, r_norm = _tree.zeros_like(rhs), torch.where(active, 1.0, 0.0).to(v_norm.dtype)
         p = z = self._precondition(r)
         rz = _tree.dot(r, z)
-        r_norm = v_norm
-        active = v_norm > 0
         steepest = torch.zeros_like(v_norm)  # the largest ‖Hp‖ / ‖p‖ seen, an estimate of ‖H‖
         iterations = torch.zeros_like(v_norm, dtype=torch.int64)
         negative = torch.zeros_like(active)
@@ -84,7 +92,7 @@ class CG(LinearSolver):
             products += 1
             curvature, length = _tree.dot(p, hp), _tree.dot(p, p)
             steepest = torch.maximum(steepest, torch.where(active, _tree.norm(hp) / length.sqrt(), 0))
-            flat = active & ~(curvature > _FLAT * epsilon * steepest * length)
+            flat = active & (curvature <= rounding * steepest * length)  # not for NaN, which goes on into x
             if k == 0:
                 x, r = _tree.where(flat, p, x), _tree.where(flat, _tree.subtract(r, hp), r)
                 r_norm = torch.where(flat, _tree.norm(r), r_norm)
@@ -100,15 +108,14 @@ class CG(LinearSolver):
             p, rz = _tree.add_scaled(z, beta, p), rz_new
             active = active & (r_norm > target)
 
-        residual = torch.where(v_norm > 0, r_norm / torch.where(v_norm > 0, v_norm, 1), 0)
-        return Solution(x, products, iterations, residual, (r_norm <= target) & ~negative, negative)
+        return Solution(_tree.scale(v_norm, x), products, iterations, r_norm, (r_norm <= target) & ~negative, negative)
 
     def _precondition(self, r: Tree) -> Tree:
         return r if self.preconditioner is None else self.preconditioner(r)
 
 
-# Curvature pᵀHp/pᵀp below this many epsilons of ‖H‖ is rounding: a product carries a few, and dividing by it would
-# blow up what a singular system leaves in its null space.
+# Curvature pᵀHp/pᵀp below this many epsilons of ‖H‖ is rounding (in half precision: below ε^¾): a product carries a
+# few, and dividing by it would blow up what a singular system leaves in its null space.
 _FLAT = 64
 
 

@@ -23,6 +23,9 @@ class Direct(LinearSolver):
     Args:
         max_size: the largest p that is accepted, so that a network is not laid out by mistake.
 
+    Raises:
+        DefinitionError: the limit is out of its range.
+
     Example:
         >>> import torch
         >>> from funcmlo.operators import Operator
@@ -32,6 +35,11 @@ class Direct(LinearSolver):
     """
 
     max_size: int = 20_000
+
+    def __post_init__(self) -> None:
+        """Refuse a limit that nothing fits."""
+        if not self.max_size >= 1:
+            raise DefinitionError(f"Direct(max_size={self.max_size!r}): expected an integer of at least 1.")
 
     def solve(self, operator: Operator, rhs: Tree) -> Solution:
         """Solve Hw = v.
@@ -53,7 +61,7 @@ class Direct(LinearSolver):
                 "max_size."
             )
         matrix, v = operator.dense(), ravel(rhs)
-        epsilon = torch.finfo(v.dtype).eps
+        epsilon = _tree.coarsest_epsilon(rhs)  # a column is no better than its coarsest leaf
         if not p:
             w = v
         elif operator.symmetric:
@@ -62,8 +70,8 @@ class Direct(LinearSolver):
             w = q @ (torch.where(kept, 1 / torch.where(kept, eigenvalues, 1), 0) * (q.T @ v))
         else:
             w = torch.linalg.pinv(matrix) @ v
-        v_norm = torch.linalg.vector_norm(v)
-        residual = torch.linalg.vector_norm(v - matrix @ w) / torch.where(v_norm > 0, v_norm, 1)
+        v_norm = _tree.norm(v)
+        residual = _tree.norm(v - matrix @ w) / torch.where(v_norm > 0, v_norm, 1)
         return Solution(
             value=unravel(w, rhs),
             products=p,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,12 +47,12 @@ class Neumann(LinearSolver):
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
         check_iterations("Neumann", self.iterations)
-        if not self.scale > 0:
+        if not 0 < self.scale < math.inf:
             raise DefinitionError(
                 f"Neumann(scale={self.scale!r}): expected a positive number below 2/λ_max; the inner learning rate "
                 "is the usual choice."
             )
-        if self.tol < 0:
+        if not self.tol >= 0:
             raise DefinitionError(f"Neumann(tol={self.tol!r}): expected a number that is not negative.")
 
     def solve(self, operator: Operator, rhs: Tree) -> Solution:

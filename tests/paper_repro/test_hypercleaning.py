@@ -66,7 +66,7 @@ def test_list_says_what_can_be_run(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["run", "nothing"], "invalid choice: 'nothing'"),
         (["run", "hypercleaning", "--methods", "magic"], "invalid choice: 'magic'"),
-        (["run", "hypercleaning", "--seeds", "0"], "expected at least 1"),
+        (["run", "hypercleaning", "--seeds", "0"], "expected an integer of at least 1"),
         ([], "required: command"),
     ],
 )

@@ -1,0 +1,86 @@
+"""A program's first state, from what the user gives."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcmlo import _random, _tree
+from funcmlo._tree import Tree
+from funcmlo.errors import ParameterError, listing, suggest
+from funcmlo.level import Level
+from funcmlo.state import State
+
+
+def first_state(levels: Sequence[Level], params: Mapping[str, Tree], buffers: Mapping[str, Tree], seed: int) -> State:
+    """Return a program's first state.
+
+    Args:
+        levels: the levels, lowest first.
+        params: each level's parameters; those of a level with `init=` may be missing.
+        buffers: not carried yet.
+        seed: where all randomness comes from.
+
+    Returns:
+        The state before the first step, on copies of the parameters.
+
+    Raises:
+        ParameterError: something that came is not as expected.
+    """
+    names = [level.name for level in levels]
+    if not isinstance(params, Mapping):
+        raise ParameterError(f"init takes a dict from level names to parameters; {type(params).__name__} came.")
+    if buffers:
+        raise ParameterError(f"init got buffers for {listing(buffers)}, but buffers are not carried yet; leave them out.")
+    for name in params:
+        if name not in names:
+            raise ParameterError(
+                f"init got parameters for '{name}', which is no level{suggest(name, names)} Levels: {listing(names)}."
+            )
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise ParameterError(f"seed={seed!r}; expected an integer.") from None
+
+    own: dict[str, Tree] = {}
+    for level in reversed(levels):  # the highest first: an `init` reads the levels above it
+        name = level.name
+        if name in params:
+            own[name] = _parameters(name, params[name])
+        elif level.init is not None:
+            with _random.seeded(_random.step_seed(seed, f"{name}.init", 0)):
+                own[name] = _parameters(name, level.starting_point(own))
+        else:
+            raise ParameterError(f"init got no parameters for level '{name}'; levels: {listing(names)}.")
+    return State(
+        params={name: own[name] for name in names},
+        optimizer={level.name: level.optimizer_for(own).init(own[level.name]) for level in levels},
+        response={level.name: level.response.init(own[level.name]) for level in levels},
+        buffers={name: {} for name in names},
+        step=dict.fromkeys(names, 0),
+        seed=seed,
+    )
+
+
+def _parameters(name: str, tree: Tree) -> Tree:
+    """Copy a level's parameters, or say what is no parameter."""
+    for path, leaf in _tree.named_leaves(tree):
+        where = f"level '{name}': parameter{' ' + path if path else ''}"
+        if not isinstance(leaf, Tensor):
+            raise ParameterError(f"{where} is {type(leaf).__name__}; expected a floating-point tensor: {_remedy(leaf)}.")
+        if not leaf.is_floating_point():
+            raise ParameterError(f"{where} has dtype {leaf.dtype}; expected a real floating-point dtype: use .float().")
+    return _tree.map(lambda x: x.detach().clone(), tree)
+
+
+def _remedy(leaf: Any) -> str:
+    """Say how to make a parameter of what came."""
+    if isinstance(leaf, torch.nn.Module):
+        return "wrap the module, net = fm.Stateless(module), and pass net.params()"
+    if isinstance(leaf, (int, float)):
+        return f"torch.tensor({float(leaf)!r})"
+    return "trees are dicts, lists, tuples and classes that the pytree library optree knows"
