@@ -84,7 +84,7 @@ def total_gradient(
                 stacklevel=2,
             )
 
-    on_path = {name for path in graph.paths(k) for name in path}
+    on_path = graph.responding(k)
     cotangents = {name: v for name, v, d in zip(below, partials, used, strict=True) if d and name in on_path}
     states, stats = {}, {}
     for name in reversed(graph.levels):

@@ -104,6 +104,30 @@ class Graph:
             walk((k, first))
         return tuple(found)
 
+    def responding(self, k: str) -> frozenset[str]:
+        """Return the levels that some path of `paths(k)` runs through, without listing the paths: there may be 2ⁿ.
+
+        Args:
+            k: a level name.
+
+        Returns:
+            The levels whose best response enters level k's hypergradient.
+
+        Raises:
+            DefinitionError: there is no such level.
+        """
+        self.check(k)
+        below = self.levels[: self.levels.index(k)]
+        reached = {lower for upper, lower in self.u2l if upper == k}
+        for name in below:  # an l2u edge leads to a later level
+            if name in reached:
+                reached |= {upper for lower, upper in self.l2u if lower == name and upper in below}
+        leading = {lower for lower, upper in self.l2u if upper == k}
+        for name in reversed(below):
+            if name in leading:
+                leading |= {lower for lower, upper in self.l2u if upper == name}
+        return frozenset(reached & leading)
+
     def check(self, name: str) -> None:
         """Raise unless a level has this name.
 
@@ -142,7 +166,7 @@ def doubts(levels: Sequence[Level], graph: Graph) -> list[str]:
         f"no path leads from level '{level.name}' through a level below it back to its cost, so its hypergradient is its "
         f"direct gradient alone. Its graph:\n{graph}"
         for level in levels[1:]
-        if not graph.paths(level.name)
+        if not graph.responding(level.name)
     ]
     for level in levels:
         # An optimizer's settings leave a converged solution where it is. So does a start, and is meant to where the
