@@ -167,7 +167,8 @@ class Level:
                 f"level '{name}': {kind} keeps its state inside itself; expected a functional optimizer, such as "
                 f"torchopt.{kind.removeprefix('Meta').lower()}(lr)."
             )
-        if not _is_transformation(self.optimizer) and getattr(self.optimizer, "__module__", "").startswith("torch"):
+        origin = getattr(self.optimizer, "__module__", "").partition(".")[0]
+        if not _is_transformation(self.optimizer) and origin in {"torch", "torchopt"}:
             raise DefinitionError(
                 f"level '{name}': optimizer={getattr(self.optimizer, '__name__', self.optimizer)!r} is not called; expected "
                 "a functional optimizer such as torchopt.sgd(0.1)."

@@ -35,6 +35,11 @@ def finite_difference(function: Callable[[object], Tensor], at: object, step: fl
     return gradient, error
 
 
+def is_fine(reference: Tensor, error: Tensor | float) -> bool:
+    """Say whether a reference is known well enough to show anything: to 1e-4 of its size."""
+    return bool(torch.as_tensor(error).max() <= 1e-4 * torch.linalg.vector_norm(reference) + 1e-9)
+
+
 def assert_agrees(
     answer: object, reference: Tensor, error: Tensor | float = 0.0, relative: float = 1e-6, size: Tensor | float = 0.0
 ) -> None:
@@ -46,7 +51,7 @@ def assert_agrees(
     answer = ravel(answer)
     assert answer.shape == reference.shape
     assert torch.isfinite(answer).all()
-    assert torch.as_tensor(error).max() <= 1e-4 * torch.linalg.vector_norm(reference) + 1e-9, "the reference is too coarse"
+    assert is_fine(reference, error), "the reference is too coarse"
     allowed = relative * max(float(torch.linalg.vector_norm(reference)), float(size)) + torch.as_tensor(error)
     assert ((answer - reference).abs() <= allowed).all(), (
         f"off by {(answer - reference).abs().max():.3g}, allowed {torch.as_tensor(allowed).max():.3g}"

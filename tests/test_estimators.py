@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 import funcmlo as fm
 from funcmlo import _tree
-from funcmlo.operators import ravel, unravel
+from funcmlo.operators import Operator, ravel, unravel
 from tests.oracles import assert_agrees, bits, dense_implicit, fingerprint
+from tests.programs import BATCHES, SGD, program, start
 from tests.registry import ESTIMATORS, STRUCTURES, Quadratic, quadratic, solved, structures, vector_like
 
 CONDITION = 3.0
@@ -178,6 +179,7 @@ def test_zero_and_indefinite_curvature_have_defined_answers() -> None:
         answers, _, stats = fm.AID(fm.CG(5)).vjp(at, v, None)
         assert bool(stats.negative_curvature)
         assert not bool(stats.converged)
+        assert int(stats.iterations) == stats.hvps == 1
         assert torch.isfinite(answers["x"]).all()
         # Stopped at its first step, the solver answers with the identity inverse: w = v, and −∇²_xy g v = ∓v.
         assert torch.allclose(answers["x"].abs(), v)
@@ -230,3 +232,50 @@ def test_the_size_of_the_cotangent_does_not_matter_to_the_difference(size: float
     at = solved(lambda y, x: (x["x"] * y**2).sum(), torch.tensor([1.0, 2.0]), {"x": torch.ones(2)}, fm.FiniteDifference())
     answers, _, _ = fm.FiniteDifference().vjp(at, size * torch.tensor([1.0, 1.0]), None)
     assert torch.allclose(answers["x"] / size, torch.tensor([-2.0, -4.0]), rtol=1e-2)
+
+
+def test_stats_are_those_of_the_work_that_was_done() -> None:
+    h = torch.tensor([1.0, 2.0, 5.0]).double()
+    inputs, v = {"x": torch.ones(3).double()}, torch.tensor([1.0, -1.0, 2.0]).double()
+    at = solved(lambda y, x: (h * y**2).sum() / 2 - (y * x["x"]).sum(), torch.zeros(3).double(), inputs, fm.ITD())
+    _, _, stats = fm.AID(fm.CG(2)).vjp(at, v, None)
+    reference = fm.CG(2).solve(Operator(lambda u: h * u, like=v), v)
+    stats = stats.plain()
+    assert (stats.hvps, stats.gradients, stats.steps, stats.iterations) == (2, 1, 0, 2)
+    assert stats.residual == pytest.approx(float(reference.residual), rel=1e-12)
+    assert (stats.converged, stats.negative_curvature) == (False, False)
+    at = solved(lambda y, x: ((y - x["x"]) ** 2).sum(), torch.zeros(3).double(), inputs, fm.ITD(), SGD, steps=4)
+    assert fm.ITD().vjp(at, v, None)[2] == fm.Stats(steps=4)
+
+
+def test_a_solver_is_told_that_the_hessian_is_symmetric() -> None:
+    seen = []
+
+    class Spy(fm.LinearSolver):
+        def solve(self, operator, rhs):
+            seen.append(operator)
+            return fm.Direct().solve(operator, rhs)
+
+    p = program(fm.AID(Spy()))
+    p.hypergradient(p.init(start()), {"y": BATCHES[0]}, of="x")
+    (operator,) = seen
+    assert operator.symmetric
+    assert _tree.mismatch(start()["y"], operator.like) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_finite_difference_chooses_its_step(dtype: torch.dtype) -> None:
+    # ‖εv‖ = √ε_m (1 + ‖y‖), for the machine epsilon of the coarsest leaf.
+    y = [torch.full((2,), 30.0).double(), torch.full((1,), 40.0, dtype=dtype)]
+    v = [torch.full((2,), 2.0).double(), torch.full((1,), 4.0, dtype=dtype)]
+    seen = []
+
+    def loss(at, x):
+        seen.append(at[0].detach())
+        return (at[0] * x["x"]).sum()
+
+    fm.FiniteDifference().vjp(solved(loss, y, {"x": torch.ones(2).double()}, fm.ITD()), v, None)
+    norm_y, norm_v = (2 * 30.0**2 + 40.0**2) ** 0.5, (2 * 2.0**2 + 4.0**2) ** 0.5
+    moved = torch.finfo(dtype).eps ** 0.5 * (1 + norm_y) * 2.0 / norm_v
+    assert torch.allclose(seen[0] - y[0], torch.full((2,), moved).double(), rtol=1e-5)
+    assert torch.allclose(y[0] - seen[1], torch.full((2,), moved).double(), rtol=1e-5)

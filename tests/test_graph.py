@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcmlo as fm
+from funcmlo.graph import Graph
+from tests.programs import SGD
 
 
 def graph(reads: dict[str, list[str]]) -> fm.Graph:
@@ -81,3 +83,32 @@ def test_the_levels_on_paths_are_those_that_the_listed_paths_run_through(reads: 
 def test_an_unknown_level_is_named(ask: object) -> None:
     with pytest.raises(fm.DefinitionError, match=r"no level is called 'p3'. Levels: p1, p2"):
         ask(graph({"p1": [], "p2": ["p1"]}), "p3")
+
+
+def test_a_shared_loss_may_call_its_own_parameters_like_another_level() -> None:
+    def shared(y, other):
+        return ((y - other) ** 2).sum()
+
+    p = fm.Multilevel(
+        fm.Level("y", shared, SGD, reads={"other": "x"}, response=fm.AID(fm.CG(3))),
+        fm.Level("x", shared, SGD, reads={"other": "y"}),
+    )
+    assert p.graph.paths("x") == (("x", "y"),)
+
+
+def test_the_paths_of_more_levels() -> None:
+    #   d reads c; b reads a; c reads a and b; a and b read d; a reads c: levels a, b, c, d from the lowest.
+    graph = Graph(
+        ("a", "b", "c", "d"),
+        u2l=(("d", "a"), ("c", "a"), ("d", "b")),
+        l2u=(("a", "b"), ("a", "c"), ("b", "c"), ("b", "d"), ("c", "d")),
+    )
+    assert graph.paths("d") == (
+        ("d", "a", "b"),
+        ("d", "a", "b", "c"),
+        ("d", "a", "c"),
+        ("d", "b"),
+        ("d", "b", "c"),
+    )
+    assert graph.paths("c") == (("c", "a"), ("c", "a", "b"))
+    assert graph.paths("b") == ()

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchopt
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
 import funcmlo as fm
 from funcmlo.operators import ravel
-from tests.oracles import assert_agrees, bits, finite_difference
+from tests.oracles import assert_agrees, bits, finite_difference, is_fine
 from tests.registry import OPTIMIZERS, vector_like
 
 
@@ -70,6 +70,7 @@ def test_itd_is_the_derivative_of_the_unrolled_program(optimizer: str, seed: int
     state, _ = program.step(state, batches)
     answer = program.hypergradient(state, batches, of="weights")
     reference, error = finite_difference(value_of(program, state, batches, "weights"), state.params["weights"])
+    assume(is_fine(reference, error))  # rarely, a second moment near zero leaves nothing smooth to difference
     assert_agrees(answer, reference, error)
 
 

@@ -24,9 +24,14 @@ def matrix(n: int, seed: int, condition: float = 100.0, negative: int = 0) -> to
     return q @ torch.diag(eigenvalues) @ q.T
 
 
+def uneven(r: torch.Tensor) -> torch.Tensor:
+    """A diagonal preconditioner that is no multiple of the identity."""
+    return r * torch.linspace(0.5, 2.0, r.numel(), dtype=r.dtype).reshape(r.shape)
+
+
 SOLVERS = {
     "cg": fm.CG(60, tol=1e-14),
-    "preconditioned": fm.CG(60, tol=1e-14, preconditioner=lambda r: _tree.scale(3.0, r)),
+    "preconditioned": fm.CG(60, tol=1e-14, preconditioner=lambda r: _tree.map(uneven, r)),
     "direct": fm.Direct(),
     "neumann": fm.Neumann(3000, scale=1.0, tol=1e-10),
 }
@@ -193,3 +198,69 @@ def test_direct_trusts_a_mixed_tree_no_further_than_its_coarsest_leaf() -> None:
     solution = fm.Direct().solve(operator(h, like), v)
     expected = q[:, 0] * (q[:, 0] @ ravel(v))
     assert torch.allclose(ravel(solution.value), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e8])
+def test_cgs_tolerance_is_relative_to_the_right_hand_side(size: float) -> None:
+    h, v = torch.linspace(1.0, 9.0, 20).double(), size * vector_like(torch.zeros(20).double(), 1)
+    solution = fm.CG(20, tol=0.1).solve(Operator(lambda u: h * u, like=v), v)
+    same = fm.CG(20, tol=0.1).solve(Operator(lambda u: h * u, like=v), v / size)
+    assert (solution.products, bool(solution.converged)) == (same.products, True)
+    assert 1 < solution.products < 10
+    assert torch.allclose(solution.residual, same.residual, rtol=1e-9)
+    assert float(solution.residual) <= 0.1
+
+
+def test_cg_does_not_go_on_below_rounding() -> None:
+    h, v = torch.linspace(1.0, 3.0, 40), vector_like(torch.zeros(40), 1)
+    solution = fm.CG(1000, tol=0.0).solve(Operator(lambda u: h * u, like=v), v)
+    assert bool(solution.converged)
+    assert solution.products < 40
+    assert 0.0 < float(solution.residual) <= 2 * torch.finfo(torch.float32).eps
+
+
+def test_a_direction_without_curvature_is_never_called_converged() -> None:
+    v = torch.tensor([1.0, 2.0]).double()
+    solution = fm.CG(3, tol=1.0).solve(Operator(torch.zeros_like, like=v), v)
+    assert bool(solution.negative_curvature)
+    assert not bool(solution.converged)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 6])
+def test_preconditioned_cg_is_cg_on_the_scaled_system(k: int) -> None:
+    # With M = D², the k-th iterate is D⁻¹ times that of (D⁻¹HD⁻¹) u = D⁻¹v. A multiple of the identity, as in SOLVERS,
+    # changes no iterate whether or not it is applied.
+    q = torch.linalg.qr(vector_like(torch.zeros(6, 6).double(), 1))[0]
+    h, v = q @ torch.diag(torch.linspace(1.0, 9.0, 6).double()) @ q.T, vector_like(torch.zeros(6).double(), 2)
+    d = torch.tensor([1.0, 0.5, 2.0, 3.0, 1.0, 0.2]).double()
+    ours = fm.CG(k, tol=0.0, preconditioner=lambda r: r / d**2).solve(Operator(lambda u: h @ u, like=v), v)
+    scaled = fm.CG(k, tol=0.0).solve(Operator(lambda u: (h @ (u / d)) / d, like=v), v / d)
+    assert torch.allclose(ours.value, scaled.value / d, rtol=1e-9)
+    assert torch.allclose(ours.residual, (v - h @ ours.value).norm() / v.norm(), rtol=1e-6, atol=1e-13)
+
+
+def test_cg_counts_the_iterations_of_each_system() -> None:
+    h = torch.tensor([1.0, 2.0, 5.0]).double()
+    v = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 1.0]]).double()
+    solver = fm.CG(8, tol=1e-12)
+    counts = torch.func.vmap(lambda b: solver.solve(Operator(lambda u: h * u, like=b), b).iterations)(v)
+    assert counts.tolist() == [0, 1, 2, 3]
+
+
+def test_direct_gives_a_singular_system_its_solution_of_least_norm() -> None:
+    q = torch.linalg.qr(vector_like(torch.zeros(6, 6).double(), 3))[0]
+    h = q @ torch.diag(torch.tensor([0.0, 0.0, 1.0, 2.0, -3.0, 4.0]).double()) @ q.T
+    v = vector_like(torch.zeros(6).double(), 4)
+    solution = fm.Direct().solve(Operator(lambda u: h @ u, like=v), v)
+    expected = q @ (torch.tensor([0.0, 0.0, 1.0, 1 / 2, -1 / 3, 1 / 4], dtype=torch.float64) * (q.T @ v))
+    assert torch.allclose(solution.value, expected, rtol=1e-10, atol=1e-12)
+    assert not bool(solution.converged)
+
+
+def test_neumann_says_whether_it_converged() -> None:
+    # One mode with 1 − αλ = 1/2: the residual after K terms is 2^−K.
+    v = torch.ones(2).double()
+    for k, converged in ((9, False), (10, True)):
+        solution = fm.Neumann(k, scale=0.5).solve(Operator(lambda u: 1.0 * u, like=v), v)
+        assert float(solution.residual) == 2.0**-k
+        assert bool(solution.converged) is converged  # tol = 10⁻³

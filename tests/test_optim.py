@@ -7,8 +7,11 @@ import torch
 import torchopt
 from torch import Tensor
 
+import funcmlo as fm
 from funcmlo import _tree, optim
+from funcmlo.operators import ravel
 from tests.oracles import assert_agrees, bits, fingerprint, finite_difference
+from tests.programs import SGD
 from tests.registry import OPTIMIZERS
 
 PARITY = {
@@ -180,3 +183,47 @@ def test_a_pair_that_knows_neither_params_nor_inplace() -> None:
     pair = torchopt.base.GradientTransformation(lambda params: 0, lambda g, s: (-g, s + 1))
     updates, state = optim.mend(pair).update(torch.ones(1), 0, params=torch.zeros(1))
     assert (float(updates), state) == (-1.0, 1)
+
+
+def test_a_rate_of_higher_precision_leaves_the_parameters_dtype() -> None:
+    p = fm.Multilevel(
+        fm.Level("y", lambda y, x: (y**2).sum(), lambda x: torchopt.sgd(x), response=fm.ITD()),
+        fm.Level("x", lambda x, y: y.sum(), SGD),
+    )
+    state = p.init({"y": torch.tensor(1.0), "x": torch.tensor(0.1, dtype=torch.float64)})
+    after, _ = p.step(state, {})
+    assert after.params["y"].dtype == torch.float32
+    assert optim.apply(torch.ones(2, dtype=torch.bfloat16), torch.ones(2)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("order", [2.0, 1.0, torch.inf, 3.0])
+def test_clipping_scales_as_it_says(order: float) -> None:
+    clip = optim.mend(torchopt.clip.clip_grad_norm(1e-4, norm_type=order))
+    grads = {"a": torch.tensor([1e-3, 0.0, -2e-3]).double(), "b": torch.zeros(0, 2).double(), "c": torch.zeros(2).double()}
+    factor = 1e-4 / (torch.linalg.vector_norm(grads["a"], order) + 1e-6)
+    clipped, _ = clip.update(grads, ())
+    assert torch.allclose(ravel(clipped), factor * ravel(grads), rtol=1e-12)
+    assert clip.update({}, ())[0] == {}
+    empty, _ = clip.update(torch.zeros(0), ())
+    assert empty.shape == (0,)
+
+
+def test_adams_second_epsilon_is_under_the_root() -> None:
+    # At the first step m̂ = g and v̂ = g².
+    optimizer = optim.mend(torchopt.adam(0.1, eps=1e-3, eps_root=0.5))
+    params, g = torch.zeros(3).double(), torch.tensor([0.3, -1.0, 0.0]).double()
+    updates, _ = optimizer.update(g, optimizer.init(params), params=params)
+    assert torch.allclose(updates, -0.1 * g / (torch.sqrt(g**2 + 0.5) + 1e-3), rtol=1e-12)
+
+
+def clip_grad_norm(max_norm: float) -> torchopt.base.GradientTransformation:
+    """A user's own, of the name of torchopt's."""
+
+    def update(g, s, *, params=None, inplace=True):
+        return -max_norm * g, s
+
+    return torchopt.base.GradientTransformation(lambda params: (), update)
+
+
+def test_a_transformation_from_elsewhere_may_have_a_makers_name() -> None:
+    assert torch.equal(optim.mend(clip_grad_norm(2.0)).update(torch.ones(1), ())[0], torch.tensor([-2.0]))

@@ -76,3 +76,14 @@ def test_it_works_under_vmap() -> None:
     out = torch.func.vmap(lambda p: net(p, x))(many)
     assert out.shape == (2, 3, 1)
     assert torch.allclose(out[0], net(net.params(), x))
+
+
+def test_structure_and_mode_are_those_at_construction() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1)).eval()
+    net, x = fm.Stateless(module), torch.ones(2, 3)
+    params = net.params()
+    before = net(params, x)
+    module.train()
+    module[1].p = 1.0
+    module[2] = nn.Identity()
+    assert torch.equal(net(params, x), before)

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import funcmlo as fm
 from funcmlo import _tree
 from funcmlo.operators import ravel, unravel
+from tests.programs import SGD
 from tests.registry import structures, vector_like
 
 MIXED = (torch.float32, torch.float64, torch.bfloat16)
@@ -42,11 +44,6 @@ def test_every_operation_keeps_each_leafs_dtype(tree: object, seed: int) -> None
     assert torch.equal(ravel(unravel(ravel(a), a)), ravel(a))
 
 
-def test_sums_of_bfloat16_are_accumulated_in_float32() -> None:
-    ones = torch.ones(4096, dtype=torch.bfloat16)  # bfloat16 cannot count past 256
-    assert float(_tree.dot(ones, ones)) == 4096.0
-
-
 MISMATCHES = [
     ({"a": 1.0}, {"b": 1.0}, r"structure \{'b': \*\}, expected \{'a': \*\}"),
     ([1.0, 1.0], [1.0], r"structure \[\*\], expected \[\*, \*\]"),
@@ -77,3 +74,30 @@ def test_finiteness_looks_at_floating_point_tensors_only() -> None:
     assert _tree.all_finite({"a": torch.ones(2), "b": 3, "c": torch.tensor([1])})
     assert not _tree.all_finite([torch.ones(2), torch.tensor([1.0, torch.inf])])
     assert not _tree.all_finite(torch.tensor(torch.nan))
+
+
+def test_a_lower_tree_of_which_the_upper_cost_reads_a_part() -> None:
+    # y* = x leaf by leaf, and the upper cost reads one leaf: nothing to warn of, and the response is not dropped.
+    p = fm.Multilevel(
+        fm.Level("y", lambda y, x: sum(((y[k] - x[k]) ** 2).sum() for k in "ab") / 2, SGD, response=fm.AID(fm.CG(3))),
+        fm.Level("x", lambda x, y: y["a"].sum(), SGD),
+    )
+    tree = {"a": torch.zeros(2), "b": torch.ones(3)}
+    answer = p.hypergradient(p.init({"y": tree, "x": tree}), {}, of="x")
+    assert torch.allclose(answer["a"], torch.ones(2))
+    assert torch.equal(answer["b"], torch.zeros(3))
+
+
+def test_scalars_about_a_tree_are_in_its_widest_dtype_and_at_least_float32() -> None:
+    # 1 + 1/256 twice over needs 9 bits; bfloat16 has 8.
+    ones = torch.ones(4097, dtype=torch.bfloat16)
+    assert _tree.dot(ones, ones).dtype == torch.float32
+    assert float(_tree.dot(ones, ones)) == 4097.0
+    assert _tree.precision([ones, ones.double()]) == torch.float64
+    assert _tree.precision({}) == torch.float32
+
+
+def test_the_coarsest_leaf_says_what_rounding_is() -> None:
+    mixed = [torch.zeros(2).double(), torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2)]
+    assert _tree.coarsest_epsilon(mixed) == torch.finfo(torch.bfloat16).eps
+    assert _tree.coarsest_epsilon({}) == torch.finfo(torch.float32).eps

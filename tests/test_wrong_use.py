@@ -381,7 +381,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "an infinite lower gradient": (
         lambda: step(low=root, params={"y": torch.ones(2), "x": torch.ones(2)}),
         N,
-        r"level 'y': its (cost is nan at inner step 2|parameters are no longer finite)",
+        r"level 'y': its cost is nan at inner step 2 of 2",
     ),
     "an infinite hypergradient": (
         lambda: step(low=lambda y, x: (y**2).sum() + torch.sqrt(x - 1).sum() * y.sum()),

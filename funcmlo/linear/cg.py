@@ -94,6 +94,7 @@ class CG(LinearSolver):
             steepest = torch.maximum(steepest, torch.where(active, _tree.norm(hp) / length.sqrt(), 0))
             flat = active & (curvature <= rounding * steepest * length)  # not for NaN, which goes on into x
             if k == 0:
+                iterations = iterations + flat
                 x, r = _tree.where(flat, p, x), _tree.where(flat, _tree.subtract(r, hp), r)
                 r_norm = torch.where(flat, _tree.norm(r), r_norm)
             negative, active = negative | flat, active & ~flat
