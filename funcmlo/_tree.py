@@ -71,12 +71,12 @@ def subtract(a: Tree, b: Tree) -> Tree:
 
 def scale(factor: float | Tensor, a: Tree) -> Tree:
     """Return factor · a, each leaf in its own dtype and on its own device."""
-    return map(lambda x: x * _beside(factor, x), a)
+    return map(lambda x: _times(factor, x), a)
 
 
 def add_scaled(a: Tree, factor: float | Tensor, b: Tree) -> Tree:
     """Return a + factor · b, each leaf in its own dtype and on its own device."""
-    return map(lambda x, y: x + y * _beside(factor, y), a, b)
+    return map(lambda x, y: x + _times(factor, y), a, b)
 
 
 def negative(a: Tree) -> Tree:
@@ -216,11 +216,12 @@ def _thaw(value: Any) -> Any:
     return dict(content) if kind == "dict" else content
 
 
-def _beside(value: float | Tensor, leaf: Tensor) -> float | Tensor:
-    """A 0-d tensor moved to a leaf's device and dtype, so that nothing is promoted."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(device=leaf.device, dtype=leaf.dtype)
+def _times(factor: float | Tensor, x: Tensor) -> Tensor:
+    """Return factor · x in x's dtype, on x's device; multiplied in the wider of the two dtypes, so that 1/ε fits."""
+    if not isinstance(factor, Tensor):
+        return x * factor
+    wide = torch.promote_types(factor.dtype, x.dtype)
+    return (x.to(wide) * factor.to(x.device, wide)).to(x.dtype)
 
 
 def _at(path: str) -> str:

@@ -176,6 +176,19 @@ def test_half_precision_is_not_taken_for_negative_curvature(dtype: torch.dtype) 
     assert not bool(solution.negative_curvature)
 
 
+def test_half_precision_bears_small_right_hand_sides() -> None:
+    h, v = torch.tensor([2.0, 0.5], dtype=torch.float16), torch.full((2,), 1e-5, dtype=torch.float16)
+    solution = fm.CG(10).solve(Operator(lambda u: h * u, like=v), v)  # 1/‖v‖ is beyond float16
+    assert torch.allclose(solution.value.float(), v.float() / h.float(), rtol=0.05)
+
+
+def test_a_right_hand_side_below_the_normal_numbers_counts_as_zero() -> None:
+    v = torch.full((2,), 1e-45)
+    solution = fm.CG(10).solve(Operator(lambda u: 2 * u, like=v), v)
+    assert torch.equal(solution.value, torch.zeros(2))
+    assert bool(solution.converged)
+
+
 @pytest.mark.parametrize("where", [0, 1])
 def test_a_product_that_is_nan_is_not_hidden(where: int) -> None:
     products = []

@@ -73,9 +73,9 @@ class CG(LinearSolver):
         epsilon = _tree.coarsest_epsilon(rhs)
         rounding = min(_FLAT * epsilon, epsilon**0.75)
         target = max(self.tol, 2 * epsilon)
-        # On v/‖v‖, so that no product of norms under- or overflows.
+        # On v/‖v‖, so that no product of norms under- or overflows; a v whose 1/‖v‖ overflows counts as zero.
         v_norm = _tree.norm(rhs)
-        active = v_norm > 0
+        active = v_norm > torch.finfo(v_norm.dtype).tiny
         r = _tree.scale(1 / torch.where(active, v_norm, 1), rhs)
         x, r_norm = _tree.zeros_like(rhs), torch.where(active, 1.0, 0.0).to(v_norm.dtype)
         p = z = self._precondition(r)
