@@ -30,6 +30,19 @@ def program(response: fm.BestResponse | None = None, optimizer: object = None, *
     )
 
 
+class Spy(fm.BestResponse):
+    """An estimator that answers with zeros and keeps what it saw."""
+
+    requires = "replay"
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "seen", [])
+
+    def vjp(self, solved, cotangent, state):
+        self.seen.append(solved)
+        return {name: torch.zeros_like(x) for name, x in solved.inputs.items()}, state, fm.Stats()
+
+
 def start(seed: int = 0) -> dict[str, torch.Tensor]:
     """Random parameters."""
     return {"y": vector_like(torch.zeros(4).double(), seed), "x": vector_like(torch.zeros(4).double(), seed + 1)}

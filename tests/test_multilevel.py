@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import funcmlo as fm
 from tests.oracles import bits, fingerprint
-from tests.programs import BATCHES, SGD, lower, program, start, upper
+from tests.programs import BATCHES, SGD, Spy, lower, program, start, upper
 from tests.registry import ESTIMATORS, OPTIMIZERS
 
 
@@ -318,20 +318,12 @@ def test_estimator_state_is_carried() -> None:
 
 
 def test_what_an_estimator_sees() -> None:
-    seen = []
-
-    class Spy(fm.BestResponse):
-        requires = "replay"
-
-        def vjp(self, solved, cotangent, state):
-            seen.append(solved)
-            return {name: torch.zeros_like(x) for name, x in solved.inputs.items()}, state, fm.Stats()
-
-    p = program(Spy(), OPTIMIZERS["momentum"]())
+    spy = Spy()
+    p = program(spy, OPTIMIZERS["momentum"]())
     params = start()
     state = p.init(params)
     after, _ = p.step(state, {"y": iter(BATCHES)})
-    (solved,) = seen
+    (solved,) = spy.seen
     assert bits(solved.params) == bits(after.params["y"])
     assert bits(solved.opt_state) == bits(after.optimizer["y"])
     assert bits(solved.init[0]) == bits(params["y"])

@@ -8,7 +8,7 @@ import torchopt
 
 import funcmlo as fm
 from tests.oracles import bits
-from tests.programs import BATCHES, SGD, program, start
+from tests.programs import BATCHES, SGD, Spy, program, start
 
 
 def test_every_inner_step_draws_its_own_numbers() -> None:  # one seed for all steps of a call
@@ -60,19 +60,11 @@ def test_a_level_that_made_no_step_is_bound_to_its_first_batch() -> None:
 
 
 def test_a_replayed_step_is_a_function_of_the_inputs() -> None:
-    seen = []
-
-    class Spy(fm.BestResponse):
-        requires = "replay"
-
-        def vjp(self, solved, cotangent, state):
-            seen.append(solved)
-            return {name: torch.zeros_like(x) for name, x in solved.inputs.items()}, state, fm.Stats()
-
-    p = program(Spy(), torchopt.sgd(0.1, momentum=0.9))
+    spy = Spy()
+    p = program(spy, torchopt.sgd(0.1, momentum=0.9))
     state = p.init(start())
     p.step(state, {"y": BATCHES.__getitem__})
-    (at,) = seen
+    (at,) = spy.seen
     y, s = at.start(at.inputs)
     moved, _ = at.update(y, s, {"x": at.inputs["x"] + 1}, 0)
     # The first step of momentum is the gradient's: y − 0.1 (y − (x + 1) + batch).
