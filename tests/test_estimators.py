@@ -246,6 +246,9 @@ def test_stats_are_those_of_the_work_that_was_done() -> None:
     assert (stats.converged, stats.negative_curvature) == (False, False)
     at = solved(lambda y, x: ((y - x["x"]) ** 2).sum(), torch.zeros(3).double(), inputs, fm.ITD(), SGD, steps=4)
     assert fm.ITD().vjp(at, v, None)[2] == fm.Stats(steps=4)
+    assert fm.Stats(steps=4)["steps"] == 4
+    with pytest.raises(KeyError, match="'plain' is no statistic; there are hvps"):
+        fm.Stats()["plain"]
 
 
 def test_a_solver_is_told_that_the_hessian_is_symmetric() -> None:

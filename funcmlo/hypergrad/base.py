@@ -41,6 +41,8 @@ class Claims:
 class Stats:
     """What one best-response product cost, and how far its linear system was solved.
 
+    Fields are read as attributes or by name, `stats["hvps"]`, as from the plain dict that an estimator may return instead.
+
     Attributes:
         hvps: Hessian-vector products.
         gradients: gradients of the lower cost.
@@ -58,6 +60,23 @@ class Stats:
     residual: float | Tensor | None = None
     converged: bool | Tensor | None = None
     negative_curvature: bool | Tensor | None = None
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a field by its name.
+
+        Args:
+            name: the field's name.
+
+        Returns:
+            Its value.
+
+        Raises:
+            KeyError: there is no such field.
+        """
+        names = [f.name for f in fields(self)]
+        if name not in names:
+            raise KeyError(f"{name!r} is no statistic; there are {', '.join(names)}")
+        return getattr(self, name)
 
     def plain(self) -> Stats:
         """Return the same stats with Python numbers in place of 0-d tensors (waits for the device)."""
