@@ -139,7 +139,7 @@ def _alias(x: Tensor) -> Tensor:
 def _value_and_grads_func(
     cost: Callable[..., tuple[Tensor, Any]], arguments: Sequence[Tree]
 ) -> tuple[Tensor, Any, tuple[Tree, ...], tuple[bool, ...]]:
-    value, extra, pullback = _vjp_func(lambda *trees: cost(*trees), arguments)
+    value, extra, pullback = _vjp_func(cost, arguments)
     return value, extra, pullback(torch.ones_like(value)), (True,) * len(arguments)
 
 

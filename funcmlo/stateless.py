@@ -15,8 +15,8 @@ class Stateless:
     """An `nn.Module` as a pure function: `net(params, *inputs)`.
 
     The module is never changed. Its structure and mode are those at construction; `params()` reads its values when
-    called, all of them: which of them train is the level's to say, whatever their `requires_grad`. A forward that counts
-    its own calls or caches in attributes is no function of its inputs, and stays none.
+    called, and a level trains all of them, whatever their `requires_grad`. A forward that counts its own calls or caches
+    in attributes is no function of its inputs, and stays none.
 
     Args:
         module: a module without buffers, without active dropout and without tied parameters; these are refused.

@@ -23,9 +23,9 @@ class FiniteDifference(BestResponse):
     implicit hypergradient, which is what an adaptive upper optimizer needs.
 
     Args:
-        scale: None chooses ‖εv‖ = √ε_m (1 + ‖y*‖) for the machine epsilon ε_m of the coarsest
-            dtype among the level and its inputs, which balances rounding against curvature
-            and the kinks of piecewise-linear networks; a number c sets ε = c/‖v‖, as DARTS and Betty do with 0.01.
+        scale: None chooses ‖εv‖ = √ε_m (1 + ‖y*‖) for the machine epsilon ε_m of the coarsest dtype among the
+            level and its inputs, which balances rounding against curvature and the kinks of piecewise-linear networks; a
+            number c sets ε = c/‖v‖, as DARTS and Betty do with 0.01.
 
     Raises:
         DefinitionError: the scale is not positive.

@@ -14,7 +14,7 @@ from funcmlo.hypergrad.base import BestResponse, Claims, Requires, Solved, Stats
 class ITD(BestResponse):
     """Jᵀv by reverse mode through the inner steps y_{t+1} = Φ_t(y_t, s_t, x), the optimizer's state s_t in the graph.
 
-    It is the exact derivative of the program that ran, converged or not, and the only seed estimator that follows
+    It is the exact derivative of the program that ran, converged or not, and the only estimator here that follows
     what the optimizer does: learning rates, momentum, clipping, projections, and where the inner loop starts.
 
     Cost: about one Hessian-vector product per inner step. Memory: the activations of all inner steps.

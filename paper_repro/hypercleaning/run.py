@@ -19,8 +19,14 @@ from paper_repro.hypercleaning.problem import Cleaning, Settings, auc, draw, fit
 from paper_repro.hypercleaning.reference import compare, reference
 from paper_repro.results import environment, spread, table, write_json
 
+_SMOKE = Settings(train=200, valid=100, outer=6, inner=5, lower_lr=0.1, evaluate_every=2)
+
 PRESETS: dict[str, dict[str, Settings]] = {
-    "smoke": {"digits": Settings(train=200, valid=100, outer=6, inner=5, evaluate_every=2, threads=1)},
+    "smoke": {
+        "digits": Settings(train=200, valid=100, outer=6, inner=5, evaluate_every=2, threads=1),
+        "mnist": _SMOKE,
+        "fashion-mnist": _SMOKE,
+    },
     "cpu": {
         "digits": Settings(train=997, valid=250, outer=120, decay=2e-4, threads=1),
         "mnist": Settings(train=2_000, valid=500, outer=150, lower_lr=0.1),
@@ -32,9 +38,6 @@ PRESETS: dict[str, dict[str, Settings]] = {
         "fashion-mnist": Settings(train=5_000, valid=5_000, outer=1_000, lower_lr=0.1, terms=20),
     },
 }
-PRESETS["smoke"]["mnist"] = PRESETS["smoke"]["fashion-mnist"] = Settings(
-    train=200, valid=100, outer=6, inner=5, lower_lr=0.1, evaluate_every=2
-)
 
 BASELINES = {
     "noisy labels": "plain training on all labels as given",
