@@ -1,5 +1,7 @@
 """funcmlo: hypergradients through multilevel optimization problems, stateless, on torch.func and torchopt."""
 
+from funcmlo._argmin import argmin
+from funcmlo._fixed_point import fixed_point
 from funcmlo.errors import (
     BatchError,
     DefinitionError,
@@ -15,6 +17,8 @@ from funcmlo.hypergrad import AID, ITD, BestResponse, Claims, FiniteDifference, 
 from funcmlo.level import Level
 from funcmlo.linear import CG, Direct, LinearSolver, Neumann
 from funcmlo.multilevel import Multilevel
+from funcmlo.schedule import Schedule
+from funcmlo.solver import Solver
 from funcmlo.state import State
 from funcmlo.stateless import Stateless
 
@@ -41,8 +45,12 @@ __all__ = [
     "Neumann",
     "NonFiniteError",
     "ParameterError",
+    "Schedule",
     "Solved",
+    "Solver",
     "State",
     "Stateless",
     "Stats",
+    "argmin",
+    "fixed_point",
 ]

@@ -2,7 +2,8 @@
 
 Plain autograd is about four times cheaper per call on small problems; torch.func is what composes under its own
 transforms. Both answer alike: outside every transform this module builds a graph on fresh aliases of its arguments
-and walks it; inside one it calls `torch.func.vjp`.
+and walks it; inside one it opens a level of `torch.func` and walks the graph there. A graph kept past its level cannot be
+walked again where it holds a custom derivative (`argmin`), so what walks it is handed in (`with_vjp`).
 
 Aliases matter. ∂f(y, x)/∂y is a partial derivative even where x was computed from y, or is the same tensor as y
 (an inner loop that starts at the meta-parameters), so f is always differentiated at an alias of y that nothing else
@@ -39,6 +40,32 @@ def differentiating() -> bool:
     return any(interpreter.key() != torch._C._functorch.TransformType.Vmap for interpreter in stack)
 
 
+def traced(x: Tensor) -> bool:
+    """Say whether a tensor is part of something that is being differentiated, by autograd or by a torch.func transform."""
+    while not x.requires_grad:
+        if not torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)  # below a map there may be a tensor that is differentiated
+    return True
+
+
+def recording(*trees: Tree) -> bool:
+    """Say whether what is computed from these trees is going to be differentiated by someone outside.
+
+    A forward-mode transform leaves no mark on a tensor, so under one the answer is True.
+
+    Args:
+        *trees: trees whose leaves may be anything.
+
+    Returns:
+        Whether someone is.
+    """
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    if any(interpreter.key() == torch._C._functorch.TransformType.Jvp for interpreter in stack):
+        return True
+    return torch.is_grad_enabled() and any(traced(x) for x in _tree.leaves(trees) if isinstance(x, Tensor))
+
+
 def value_and_grads(
     cost: Callable[..., tuple[Tensor, Any]], arguments: Sequence[Tree]
 ) -> tuple[Tensor, Any, tuple[Tree, ...], tuple[bool, ...]]:
@@ -73,6 +100,31 @@ def value_and_grads(
     return value, extra, tuple(trees), tuple(used)
 
 
+def with_vjp(
+    function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree], body: Callable[[Tree, Any, Pullback], Tree]
+) -> Tree:
+    """Evaluate a function and do something with its vector-Jacobian products.
+
+    Where an argument requires grad and grad mode is on, everything joins the surrounding graph, so that it can be
+    differentiated again; else the answer is cut from the graph.
+
+    Args:
+        function: a function of the arguments that returns (tree of tensors, anything); gradients that it takes inside
+            by `value_and_grads` are differentiated again.
+        arguments: trees of tensors.
+        body: `body(value, extra, pullback)` → a tree; the pullback is good inside it only.
+
+    Returns:
+        What the body returns.
+    """
+    if transforming():
+        return _with_vjp_func(function, arguments, body)
+    record = recording(*arguments)
+    value, extra, pullback = _vjp(function, arguments, record)
+    answer = body(value, extra, pullback)
+    return answer if record or torch.is_grad_enabled() else _tree.detach(answer)
+
+
 def vjp(function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree]) -> tuple[Tree, Any, Pullback]:
     """Evaluate a function and keep what its vector-Jacobian products need.
 
@@ -86,23 +138,33 @@ def vjp(function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree]) ->
     """
     if transforming():
         return _vjp_func(function, arguments)
-    aliases = [_tree.map(_leaf, argument) for argument in arguments]
+    value, extra, pullback = _vjp(function, arguments, record=False)
+    return _tree.detach(value), _tree.detach(extra), pullback
+
+
+def _vjp(function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree], record: bool) -> tuple[Tree, Any, Pullback]:
+    aliases = [_tree.map(_alias if record else _leaf, argument) for argument in arguments]
     with torch.enable_grad():
         value, extra = function(*aliases)
-    outputs, _ = _tree.flatten(value)
+    return value, extra, _pullback(_tree.leaves(value), aliases, record)
+
+
+def _pullback(outputs: list[Tensor], arguments: Sequence[Tree], record: bool) -> Pullback:
+    """The products by walking the graph between aliases of the arguments and the outputs."""
 
     def pullback(cotangent: Tree, *, wrt: Sequence[int] | None = None) -> tuple[Tree, ...]:
-        chosen = [aliases[i] for i in (range(len(aliases)) if wrt is None else wrt)]
-        flat = [leaf for alias in chosen for leaf in _tree.leaves(alias)]
-        grads = _autograd(outputs, flat, _tree.leaves(cotangent), create_graph=False, retain_graph=True)
+        chosen = [arguments[i] for i in (range(len(arguments)) if wrt is None else wrt)]
+        flat = [leaf for argument in chosen for leaf in _tree.leaves(argument)]
+        again = record or recording(cotangent)
+        grads = _autograd(outputs, flat, _tree.leaves(cotangent), create_graph=again, retain_graph=True)
         answer = []
-        for alias in chosen:
-            leaves, structure = _tree.flatten(alias)
+        for argument in chosen:
+            leaves, structure = _tree.flatten(argument)
             part, grads = grads[: len(leaves)], grads[len(leaves) :]
             answer.append(_tree.unflatten(structure, _materialize(part, leaves)))
         return tuple(answer)
 
-    return _tree.detach(value), _tree.detach(extra), pullback
+    return pullback
 
 
 def _autograd(
@@ -139,8 +201,27 @@ def _alias(x: Tensor) -> Tensor:
 def _value_and_grads_func(
     cost: Callable[..., tuple[Tensor, Any]], arguments: Sequence[Tree]
 ) -> tuple[Tensor, Any, tuple[Tree, ...], tuple[bool, ...]]:
-    value, extra, pullback = _vjp_func(cost, arguments)
-    return value, extra, pullback(torch.ones_like(value)), (True,) * len(arguments)
+    def body(value: Tensor, extra: Any, pullback: Pullback) -> tuple[Tensor, Any, tuple[Tree, ...]]:
+        return value, extra, pullback(torch.ones_like(value))
+
+    value, extra, grads = _with_vjp_func(cost, arguments, body)
+    return value, extra, grads, (True,) * len(arguments)
+
+
+def _with_vjp_func(
+    function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree], body: Callable[[Tree, Any, Pullback], Tree]
+) -> Tree:
+    box: list[Callable[[list[Tensor]], Tree]] = []
+
+    def inside(*level: Tree) -> tuple[Tensor, list[Tensor]]:
+        value, extra = function(*level)
+        # functorch always builds the graph on: its outer levels are told by it what happened inside.
+        tensors, whole = _tree.partition(body(value, extra, _pullback(_tree.leaves(value), level, record=True)))
+        box.append(whole)
+        return torch.zeros(()), tensors  # vjp wants an output
+
+    _, tensors, _ = _vjp_func(inside, arguments)
+    return box[-1](tensors)
 
 
 def _vjp_func(function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree]) -> tuple[Tree, Any, Pullback]:

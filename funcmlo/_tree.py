@@ -54,6 +54,24 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     return map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
+def partition(tree: Tree) -> tuple[list[Tensor], Callable[[list[Tensor]], Tree]]:
+    """Take the tensors out of a tree.
+
+    Args:
+        tree: any tree; leaves may be anything.
+
+    Returns:
+        Its tensors, and the function that puts tensors back in their places.
+    """
+    flat, spec = flatten(tree)
+
+    def whole(tensors: list[Tensor]) -> Tree:
+        replaced = iter(tensors)
+        return unflatten(spec, [next(replaced) if isinstance(x, Tensor) else x for x in flat])
+
+    return [x for x in flat if isinstance(x, Tensor)], whole
+
+
 def detach(tree: Tree) -> Tree:
     """Cut every tensor from its graph."""
     return map_tensors(Tensor.detach, tree)
@@ -133,13 +151,13 @@ def coarsest_epsilon(a: Tree) -> float:
     return max((torch.finfo(x.dtype).eps for x in leaves(a)), default=torch.finfo(torch.float32).eps)
 
 
-def all_finite(tree: Tree) -> bool:
-    """Say whether every floating-point tensor of the tree is finite (waits for the device)."""
-    checks: dict[torch.device, list[Tensor]] = {}
+def finite(tree: Tree) -> Tensor:
+    """Return a 0-d flag on the last leaf's device: whether every floating-point tensor of the tree is finite."""
+    flag = torch.ones((), dtype=torch.bool)
     for x in leaves(tree):
         if isinstance(x, Tensor) and x.is_floating_point():
-            checks.setdefault(x.device, []).append(torch.isfinite(x).all())
-    return all(bool(torch.stack(flags).all()) for flags in checks.values())
+            flag = flag.to(x.device) & torch.isfinite(x).all()
+    return flag
 
 
 def mismatch(expected: Tree, came: Tree) -> str | None:

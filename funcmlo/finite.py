@@ -2,51 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from funcmlo import _tree
-from funcmlo._tree import Tree
 from funcmlo.errors import NonFiniteError
-from funcmlo.fold import Folded
-from funcmlo.unroll import Run
 
 
-def check(name: str, runs: Mapping[str, Run], folded: Folded, params: Tree | None) -> None:
+@dataclass(frozen=True)
+class Event:
+    """What an inner loop, or one update with a hypergradient, left to look at.
+
+    Attributes:
+        level: the level's name.
+        costs: its costs, as the optimizer saw them.
+        params: a 0-d flag: whether its parameters are finite afterwards; None where nothing was updated.
+        gradient: a 0-d flag: whether its hypergradient is finite; None for a loop without one.
+        stats: the best responses' stats, by lower level.
+    """
+
+    level: str
+    costs: Sequence[Tensor]
+    params: Tensor | None
+    gradient: Tensor | None = None
+    stats: Mapping[str, Any] | None = None
+
+
+def check(events: Sequence[Event]) -> None:
     """Raise at the first thing that is not finite.
 
     Args:
-        name: the level whose hypergradient was taken.
-        runs: the inner loops below it.
-        folded: its total gradient.
-        params: its parameters after the update; None where there was none.
+        events: what happened, in order.
 
     Raises:
-        NonFiniteError: a cost, a level's parameters or the hypergradient is infinite or NaN; the message says which,
-            where, and what to try.
+        NonFiniteError: a cost, a level's parameters or a hypergradient is infinite or NaN; the message says which, where,
+            and what to try.
     """
-    for lower, run in runs.items():
-        if run.costs and not _tree.all_finite(torch.stack(run.costs)):
-            t, cost = next((t, float(cost)) for t, cost in enumerate(run.costs) if not torch.isfinite(cost))
+    for event in events:
+        name, costs = event.level, event.costs
+        if costs and not bool(torch.isfinite(torch.stack(list(costs))).all()):
+            t, cost = next((t, float(cost)) for t, cost in enumerate(costs) if not torch.isfinite(cost))
+            if event.gradient is None:
+                _refuse(
+                    f"level '{name}': its cost is {cost} at inner step {t + 1} of {len(costs)}; lower its learning "
+                    "rate or look at its batch."
+                )
+            _refuse(f"level '{name}': its cost is {cost}; look at its batch and its parameters.")
+        if event.gradient is not None and not bool(event.gradient):
             _refuse(
-                f"level '{lower}': its cost is {cost} at inner step {t + 1} of {len(run.costs)}; lower its learning "
-                "rate or look at its batch."
+                f"level '{name}': its hypergradient is not finite although its cost is; the best responses' stats: "
+                f"{dict(event.stats or {})}."
             )
-        if not _tree.all_finite(run.solved.params):
+        if event.params is not None and not bool(event.params):
+            if event.gradient is not None:
+                _refuse(f"level '{name}': its parameters are no longer finite after its update; lower its learning rate.")
             _refuse(
-                f"level '{lower}': its parameters are no longer finite after {run.solved.steps} inner steps; lower its "
+                f"level '{name}': its parameters are no longer finite after {len(costs)} inner steps; lower its "
                 "learning rate, or look for a gradient that is infinite where the cost is not."
             )
-    if not torch.isfinite(folded.cost):
-        _refuse(f"level '{name}': its cost is {float(folded.cost)}; look at its batch and its parameters.")
-    if not _tree.all_finite(folded.gradient):
-        _refuse(
-            f"level '{name}': its hypergradient is not finite although its cost is; the best responses' stats: "
-            f"{folded.plain_stats()}."
-        )
-    if params is not None and not _tree.all_finite(params):
-        _refuse(f"level '{name}': its parameters are no longer finite after its update; lower its learning rate.")
 
 
 def _refuse(message: str) -> None:

@@ -20,7 +20,7 @@ from funcmlo._tree import Tree
 from funcmlo.errors import EstimatorError, FuncmloWarning, listing
 from funcmlo.graph import Graph
 from funcmlo.hypergrad.base import BestResponse, Solved, Stats
-from funcmlo.unroll import Problem
+from funcmlo.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Folded:
 
     Attributes:
         gradient: dC_k/dθ_k, a tree like the level's parameters.
+        indirect: its part that comes through the levels below, dC_k/dθ_k − ∂C_k/∂θ_k; None where none does.
         cost: C_k, as the optimizer sees it.
         aux: the loss's metrics.
         response: the new estimator states, by lower level.
@@ -36,6 +37,7 @@ class Folded:
     """
 
     gradient: Tree
+    indirect: Tree | None
     cost: Tensor
     aux: dict[str, Any]
     response: dict[str, Any]
@@ -54,8 +56,9 @@ def total_gradient(
     params: Mapping[str, Tree],
     solved: Mapping[str, tuple[BestResponse, Solved]],
     response: Mapping[str, Any],
+    t: int = 0,
 ) -> Folded:
-    """Return the hypergradient of a level at its next step.
+    """Return the hypergradient of a level at one of its steps.
 
     Args:
         graph: the program's graph.
@@ -63,18 +66,20 @@ def total_gradient(
         params: every level's parameters; the lower levels' at their solutions.
         solved: the lower levels with their estimators.
         response: the estimators' states.
+        t: the step's number, counted from the problem's first.
 
     Returns:
         The total gradient with costs and stats.
     """
     k = problem.level.name
-    below = [name for name in problem.level.cost_levels if name in solved]
+    on_path = graph.responding(k)
+    below = [name for name in problem.level.cost_levels if name in on_path]
     constant = {name: params[name] for name in problem.level.reads_levels if name not in below}
 
     def cost(own: Tree, *solutions: Tree) -> tuple[Tensor, dict[str, Any]]:
-        return problem.cost(own, {**constant, **dict(zip(below, solutions, strict=True))}, 0)
+        return problem.cost(own, {**constant, **dict(zip(below, solutions, strict=True))}, t)
 
-    value, aux, (total, *partials), (_, *used) = _diff.value_and_grads(cost, [params[k], *(params[n] for n in below)])
+    value, aux, (direct, *partials), (_, *used) = _diff.value_and_grads(cost, [params[k], *(params[n] for n in below)])
     for name, depends in zip(below, used, strict=True):
         if not depends and _tree.leaves(params[name]):
             warnings.warn(
@@ -84,8 +89,8 @@ def total_gradient(
                 stacklevel=2,
             )
 
-    on_path = graph.responding(k)
-    cotangents = {name: v for name, v, d in zip(below, partials, used, strict=True) if d and name in on_path}
+    indirect: Tree | None = None
+    cotangents = {name: v for name, v, d in zip(below, partials, used, strict=True) if d}
     states, stats = {}, {}
     for name in reversed(graph.levels):
         if name not in cotangents:
@@ -95,10 +100,11 @@ def total_gradient(
         products, states[name], stats[name] = _checked_answer(name, estimator, at, answer)
         for source, cotangent in products.items():
             if source == k:
-                total = _tree.add(total, cotangent)
-            elif source in solved and source in on_path:
+                indirect = cotangent if indirect is None else _tree.add(indirect, cotangent)
+            elif source in on_path:
                 cotangents[source] = _tree.add(cotangents[source], cotangent) if source in cotangents else cotangent
-    return Folded(total, value, aux, states, stats)
+    total = direct if indirect is None else _tree.add(direct, indirect)
+    return Folded(total, indirect, value, aux, states, stats)
 
 
 def _checked_answer(

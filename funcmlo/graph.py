@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+from funcmlo import drawing
+from funcmlo.describe import compact, describe
 from funcmlo.errors import DefinitionError, listing, suggest
+from funcmlo.exactness import Edge, Exactness, closure, exactness
+from funcmlo.hypergrad.base import BestResponse
 from funcmlo.level import Level
-
-Edge = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Who reads whom.
+    """Who reads whom, as a picture in Jupyter (`svg()`), in a terminal (`str`) and for papers (`dot()`, `mermaid()`).
+
+    Cycles cannot arise: l2u edges lead from lower to higher levels, and a path has one u2l edge, its first.
 
     Attributes:
         levels: the level names, lowest first.
         u2l: (upper, lower) pairs: the lower level reads the upper one's parameters (red).
         l2u: (lower, upper) pairs: the upper level reads the lower one's solution (green).
+        notes: lines for each level's box: its optimizer, steps and response.
 
     Example:
         >>> graph = Graph(("classifier", "weights"), (("weights", "classifier"),), (("classifier", "weights"),))
@@ -32,6 +37,7 @@ class Graph:
     levels: tuple[str, ...]
     u2l: tuple[Edge, ...]
     l2u: tuple[Edge, ...]
+    notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, levels: Sequence[Level]) -> Graph:
@@ -66,14 +72,9 @@ class Graph:
                     )
                 if order[source] > order[level.name]:
                     u2l.append((source, level.name))
-                elif source not in level.loop_levels:
-                    l2u.append((source, level.name))
                 else:
-                    raise DefinitionError(
-                        f"level '{level.name}': its init or its optimizer reads '{source}', a level below it; only levels "
-                        "above can say where or how an inner loop runs."
-                    )
-        return cls(tuple(names), tuple(u2l), tuple(l2u))
+                    l2u.append((source, level.name))
+        return cls(tuple(names), tuple(u2l), tuple(l2u), {level.name: _notes(level) for level in levels})
 
     def paths(self, k: str) -> tuple[tuple[str, ...], ...]:
         """List the paths of level k's hypergradient: one u2l edge from k, then l2u edges to a level that k's cost reads.
@@ -117,16 +118,47 @@ class Graph:
             DefinitionError: there is no such level.
         """
         self.check(k)
-        below = self.levels[: self.levels.index(k)]
-        reached = {lower for upper, lower in self.u2l if upper == k}
-        for name in below:  # an l2u edge leads to a later level
-            if name in reached:
-                reached |= {upper for lower, upper in self.l2u if lower == name and upper in below}
-        leading = {lower for lower, upper in self.l2u if upper == k}
-        for name in reversed(below):
-            if name in leading:
-                leading |= {lower for lower, upper in self.l2u if upper == name}
-        return frozenset(reached & leading)
+        below = set(self.levels[: self.levels.index(k)])
+        reached = closure({lower for upper, lower in self.u2l if upper == k}, self.l2u, below)
+        downward = [(upper, lower) for lower, upper in self.l2u]
+        return frozenset(reached & closure({lower for lower, upper in self.l2u if upper == k}, downward, below))
+
+    def exact(self, k: str) -> Exactness:
+        """Tell whether eq. 2's products are the total derivative of level k, or which edges spoil it.
+
+        Args:
+            k: a level name.
+
+        Returns:
+            A value that is true exactly if they are, with the spoiling u2l edges in `edges`.
+
+        Raises:
+            DefinitionError: there is no such level.
+
+        Example:
+            The best response of z answers y, which also moves x under it:
+
+            >>> chain = Graph(("x", "y", "z"), u2l=(("y", "x"), ("z", "y")), l2u=(("x", "y"), ("y", "z"), ("x", "z")))
+            >>> bool(chain.exact("y")), chain.exact("z").edges
+            (True, (('y', 'x'),))
+        """
+        self.check(k)
+        return exactness(self.levels, self.u2l, self.l2u, k)
+
+    def below(self, k: str) -> tuple[str, ...]:
+        """Return the lower levels that level k reads or is read by, lowest first."""
+        linked = {lower for upper, lower in self.u2l if upper == k} | {lower for lower, upper in self.l2u if upper == k}
+        return tuple(name for name in self.levels if name in linked)
+
+    @property
+    def tops(self) -> tuple[str, ...]:
+        """The levels that no higher level reads or is read by."""
+        lower = {low for _, low in self.u2l} | {low for low, _ in self.l2u}
+        return tuple(name for name in self.levels if name not in lower)
+
+    def users(self, name: str) -> tuple[str, ...]:
+        """Return the levels whose hypergradient runs through a level's best response, lowest first."""
+        return tuple(k for k in self.levels if name in self.responding(k))
 
     def check(self, name: str) -> None:
         """Raise unless a level has this name.
@@ -144,38 +176,31 @@ class Graph:
 
     def __str__(self) -> str:
         """Draw the graph as text, the highest level first."""
-        lines = []
-        for name in reversed(self.levels):
-            reads = [f"{source} (u2l)" for source, level in self.u2l if level == name]
-            reads += [f"{source} (l2u)" for source, level in self.l2u if level == name]
-            lines.append(f"{name} <- {listing(reads)}")
-        return "\n".join(lines)
+        return drawing.text(self.levels, self.u2l, self.l2u, self.notes)
+
+    def svg(self) -> str:
+        """Draw the graph as an SVG picture, the highest level on top."""
+        return drawing.svg(self.levels, self.u2l, self.l2u, self.notes)
+
+    def dot(self) -> str:
+        """Write the graph in Graphviz's language."""
+        return drawing.dot(self.levels, self.u2l, self.l2u, self.notes)
+
+    def mermaid(self) -> str:
+        """Write the graph as a Mermaid flowchart."""
+        return drawing.mermaid(self.levels, self.u2l, self.l2u, self.notes)
+
+    def _repr_html_(self) -> str:
+        return self.svg()
 
 
-def doubts(levels: Sequence[Level], graph: Graph) -> list[str]:
-    """Say what a program declares that is legal and yet probably not meant.
-
-    Args:
-        levels: the levels, lowest first.
-        graph: their graph.
-
-    Returns:
-        A sentence for each doubt.
-    """
-    found = [
-        f"no path leads from level '{level.name}' through a level below it back to its cost, so its hypergradient is its "
-        f"direct gradient alone. Its graph:\n{graph}"
-        for level in levels[1:]
-        if not graph.responding(level.name)
-    ]
-    for level in levels:
-        # An optimizer's settings leave a converged solution where it is. So does a start, and is meant to where the
-        # loss reads the same level (a proximal term).
-        unseen = {name for name in level.start_levels if name not in level.cost_levels} | set(level.optimizer_levels)
-        if unseen and level.response.requires == "solution":
-            found.append(
-                f"level '{level.name}': {type(level.response).__name__} looks at the solution alone, so nothing of a "
-                f"hypergradient comes through what its init or its optimizer reads of {listing(sorted(unseen))}; use "
-                "ITD(), which follows the inner steps."
-            )
-    return found
+def _notes(level: Level) -> tuple[str, ...]:
+    """What a level's box says: optimizer, steps, response."""
+    steps = f"{level.steps} step{'' if level.steps == 1 else 's'}" + (
+        f" after {level.warmup} to warm up" if level.warmup else ""
+    )
+    if isinstance(level.response, BestResponse):
+        responses: tuple[str, ...] = (compact(level.response),)
+    else:
+        responses = tuple(f"{upper}: {compact(response)}" for upper, response in level.response.items())
+    return (describe(level.optimizer), steps, *responses)

@@ -16,11 +16,18 @@ from funcmlo.level import Level
 from funcmlo.state import State
 
 
-def first_state(levels: Sequence[Level], params: Mapping[str, Tree], buffers: Mapping[str, Tree], seed: int) -> State:
+def first_state(
+    levels: Sequence[Level],
+    users: Mapping[str, Sequence[str]],
+    params: Mapping[str, Tree],
+    buffers: Mapping[str, Tree],
+    seed: int,
+) -> State:
     """Return a program's first state.
 
     Args:
         levels: the levels, lowest first.
+        users: for each level, the levels that may differentiate through it, in either composition.
         params: each level's parameters; those of a level with `init=` may be missing.
         buffers: not carried yet.
         seed: where all randomness comes from.
@@ -47,23 +54,39 @@ def first_state(levels: Sequence[Level], params: Mapping[str, Tree], buffers: Ma
         raise ParameterError(f"seed={seed!r}; expected an integer.") from None
 
     own: dict[str, Tree] = {}
-    for level in reversed(levels):  # the highest first: an `init` reads the levels above it
-        name = level.name
-        if name in params:
-            own[name] = _parameters(name, params[name])
-        elif level.init is not None:
-            with _random.seeded(_random.step_seed(seed, f"{name}.init", 0)):
-                own[name] = _parameters(name, level.starting_point(own))
-        else:
-            raise ParameterError(f"init got no parameters for level '{name}'; levels: {listing(names)}.")
+    for level in levels:
+        if level.name in params:
+            own[level.name] = _parameters(level.name, params[level.name])
+        elif level.init is None:
+            raise ParameterError(f"init got no parameters for level '{level.name}'; levels: {listing(names)}.")
+    waiting = [level for level in reversed(levels) if level.name not in own]
+    while waiting:  # an `init` may read levels whose own parameters come from an `init`
+        ready = [level for level in waiting if all(source in own for source in level.start_levels)]
+        if not ready:
+            raise ParameterError(
+                f"init got no parameters for {listing(repr(x.name) for x in waiting)}, whose init= read one another; pass "
+                "one of them."
+            )
+        level = ready[0]
+        with _random.seeded(_random.step_seed(seed, f"{level.name}.init", 0)):
+            own[level.name] = _parameters(level.name, level.starting_point(own))
+        waiting.remove(level)
     return State(
         params={name: own[name] for name in names},
         optimizer={level.name: level.optimizer_for(own).init(own[level.name]) for level in levels},
-        response={level.name: level.response.init(own[level.name]) for level in levels},
+        response={level.name: _response(level, users[level.name], own[level.name]) for level in levels},
         buffers={name: {} for name in names},
         step=dict.fromkeys(names, 0),
         seed=seed,
     )
+
+
+def _response(level: Level, users: Sequence[str], params: Tree) -> Any:
+    """The state of a level's estimator, or of each of its estimators where several levels differentiate through it."""
+    if isinstance(level.response, Mapping):
+        states = {upper: level.response[upper].init(params) if upper in level.response else None for upper in users}
+        return states if len(users) > 1 else next(iter(states.values()), None)
+    return {upper: level.response.init(params) for upper in users} if len(users) > 1 else level.response.init(params)
 
 
 def _parameters(name: str, tree: Tree) -> Tree:

@@ -16,6 +16,7 @@ from funcmlo.errors import DefinitionError
 from funcmlo.hypergrad.base import BestResponse
 from funcmlo.hypergrad.finite_difference import FiniteDifference
 from funcmlo.signature import BATCH, BUFFERS, Call, read_call
+from funcmlo.solver import STATELESS, Solver
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,14 +30,21 @@ class Level:
         name: the level's name, which other levels' losses use as an argument name.
         loss: `loss(params, …)` → a 0-d tensor, or (0-d tensor, dict of metrics).
         optimizer: a torchopt transformation such as `torchopt.sgd(0.1)`; or a function of level names that returns
-            one, `lambda rates: torchopt.sgd(rates["lr"])`, so that its hyperparameters are a level's parameters.
-        steps: updates for each update of the level above; with 0 the level is taken to be solved where it stands.
-        response: how the levels above differentiate through this one's solution.
+            one, `lambda rates: torchopt.sgd(rates["lr"])`, so that its hyperparameters are a level's parameters; or an
+            outside `Solver`.
+        steps: updates for each update of the levels above (of a top level: for each call of `step`); with 0 the level is
+            taken to be solved where it stands.
+        response: how the levels above differentiate through this one's solution; a dict by level name where they
+            do it differently, `{"weights": AID(CG(20)), "augmentation": FiniteDifference()}`.
         reads: level names (or `"batch"`) by argument name, where the loss's arguments are not named after levels.
         init: where each inner loop starts, a function of level names (`lambda meta: meta`); the optimizer starts
             afresh there too. Without it the level goes on from where it stopped.
         tasks: not carried yet; must be None.
         project: keeps the parameters in a set after each update: params → params.
+        warmup: updates that the level makes before the levels above it make their first one; its own step counter
+            tells, so a level that has made them goes on without.
+        roll_back: whether, when the levels above have made their update, the level returns to where its inner loop began
+            and makes one update with their new parameters (a look-ahead, as in DARTS); its step counter returns too.
         maximize: whether the cost is maximized; gradients and responses are those of its negative.
 
     Raises:
@@ -51,14 +59,16 @@ class Level:
 
     name: str
     loss: Callable[..., Any]
-    optimizer: GradientTransformation | Callable[..., GradientTransformation]
+    optimizer: GradientTransformation | Callable[..., GradientTransformation] | Solver
     _: KW_ONLY
     steps: int = 1
-    response: BestResponse = FiniteDifference()
+    response: BestResponse | Mapping[str, BestResponse] = FiniteDifference()
     reads: Mapping[str, str] | None = None
     init: Callable[..., Tree] | None = None
     tasks: int | None = None
     project: Callable[[Tree], Tree] | None = None
+    warmup: int = 0
+    roll_back: bool = False
     maximize: bool = False
 
     own_argument: str | None = field(init=False, repr=False)
@@ -66,6 +76,7 @@ class Level:
     _cost: Call = field(init=False, repr=False)
     _start: Call | None = field(init=False, repr=False)
     _factory: Call | None = field(init=False, repr=False)
+    _solver: Call | None = field(init=False, repr=False)
     _mended: GradientTransformation | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -77,19 +88,23 @@ class Level:
         object.__setattr__(self, "own_argument", own)
         start = None if self.init is None else read_call(self.init, None, owner=f"{owner} init", own=False)[0]
         object.__setattr__(self, "_start", start)
-        if _is_transformation(self.optimizer):
-            factory, mended = None, optim.mend(self.optimizer)
+        factory = solver = mended = None
+        if isinstance(self.optimizer, Solver):
+            solver, mended = read_call(self.optimizer.function, None, owner=f"{owner} solver", own=True)[0], STATELESS
+        elif _is_transformation(self.optimizer):
+            mended = optim.mend(self.optimizer)
         else:
-            factory, mended = read_call(self.optimizer, None, owner=f"{owner} optimizer", own=False)[0], None
+            factory = read_call(self.optimizer, None, owner=f"{owner} optimizer", own=False)[0]
         object.__setattr__(self, "_factory", factory)
+        object.__setattr__(self, "_solver", solver)
         object.__setattr__(self, "_mended", mended)
-        for call, what in ((cost, "loss"), (start, "init"), (factory, "optimizer")):
+        for call, what in ((cost, "loss"), (start, "init"), (factory, "optimizer"), (solver, "solver")):
             self._check_sources(call, what)
 
     @property
     def takes_batch(self) -> bool:
-        """Whether the loss reads a batch."""
-        return BATCH in self._cost.sources
+        """Whether the loss or an outside solver reads a batch."""
+        return BATCH in self._cost.sources or (self._solver is not None and BATCH in self._solver.sources)
 
     @property
     def has_constant_batch(self) -> bool:
@@ -113,13 +128,28 @@ class Level:
 
     @property
     def optimizer_levels(self) -> tuple[str, ...]:
-        """The levels that the optimizer reads."""
-        return () if self._factory is None else self._factory.levels
+        """The levels that the optimizer, or an outside solver, reads."""
+        call = self._factory or self._solver
+        return () if call is None else call.levels
 
     @property
     def loop_levels(self) -> tuple[str, ...]:
         """The levels that `init` and the optimizer read, each once."""
         return tuple(dict.fromkeys((*self.start_levels, *self.optimizer_levels)))
+
+    @property
+    def responses(self) -> tuple[BestResponse, ...]:
+        """The estimators through which the levels above differentiate."""
+        return (self.response,) if isinstance(self.response, BestResponse) else tuple(self.response.values())
+
+    @property
+    def has_solver(self) -> bool:
+        """Whether an outside solver stands in the optimizer's place."""
+        return self._solver is not None
+
+    def response_for(self, upper: str) -> BestResponse:
+        """Return the estimator through which a level above differentiates."""
+        return self.response if isinstance(self.response, BestResponse) else self.response[upper]
 
     def cost(self, params: Tree, inputs: Mapping[str, Tree], batch: Any) -> Any:
         """Call the loss; what it returns is not yet checked."""
@@ -129,6 +159,11 @@ class Level:
         """Call `init`; only for a level that has one."""
         assert self._start is not None
         return self._start(values=inputs)
+
+    def solution(self, params: Tree, inputs: Mapping[str, Tree], batch: Any) -> Tree:
+        """Call the outside solver; only for a level that has one."""
+        assert self._solver is not None
+        return self._solver(params, values={**inputs, BATCH: batch})
 
     def optimizer_for(self, inputs: Mapping[str, Tree]) -> GradientTransformation:
         """Return the level's optimizer, mended, at these inputs.
@@ -149,7 +184,7 @@ class Level:
         if not _is_transformation(made):
             raise DefinitionError(
                 f"level '{self.name}': its optimizer function returned {type(made).__name__}; expected a functional "
-                "optimizer such as torchopt.sgd(rates['lr'])."
+                "optimizer such as torchopt.sgd(rates['lr']); wrap an outside solver in fm.Solver(…)."
             )
         return optim.mend(made)
 
@@ -173,25 +208,30 @@ class Level:
                 f"level '{name}': optimizer={getattr(self.optimizer, '__name__', self.optimizer)!r} is not called; expected "
                 "a functional optimizer such as torchopt.sgd(0.1)."
             )
-        if not _is_transformation(self.optimizer) and not callable(self.optimizer):
+        if not (_is_transformation(self.optimizer) or callable(self.optimizer) or isinstance(self.optimizer, Solver)):
             raise DefinitionError(
                 f"level '{name}': optimizer must be a functional optimizer such as torchopt.sgd(0.1), or a function of "
                 f"level names that returns one; {type(self.optimizer).__name__} came."
             )
-        if isinstance(self.steps, bool) or not isinstance(self.steps, Integral) or self.steps < 0:
-            raise DefinitionError(f"level '{name}': steps={self.steps!r}; expected an integer of at least 0.")
-        if not isinstance(self.response, BestResponse):
-            made = " (call it: ITD())" if isinstance(self.response, type) else ""
-            raise DefinitionError(
-                f"level '{name}': response={self.response!r} is no best response{made}; expected ITD(), AID(CG(20)), "
-                "FiniteDifference() or a BestResponse of your own."
-            )
+        for what in ("steps", "warmup"):
+            number = getattr(self, what)
+            if isinstance(number, bool) or not isinstance(number, Integral) or number < 0:
+                raise DefinitionError(f"level '{name}': {what}={number!r}; expected an integer of at least 0.")
+        self._check_response()
         for what in ("init", "project"):
             function = getattr(self, what)
             if function is not None and not callable(function):
                 raise DefinitionError(f"level '{name}': {what} must be a function, but {type(function).__name__} came.")
-        if not isinstance(self.maximize, bool):
-            raise DefinitionError(f"level '{name}': maximize={self.maximize!r}; expected True or False.")
+        for what in ("maximize", "roll_back"):
+            if not isinstance(getattr(self, what), bool):
+                raise DefinitionError(f"level '{name}': {what}={getattr(self, what)!r}; expected True or False.")
+        if self.init is not None and (self.warmup or self.roll_back):
+            raise DefinitionError(
+                f"level '{name}': with init= every inner loop begins afresh, so warmup= and roll_back= have no meaning; "
+                "leave them out."
+            )
+        if self.roll_back and not self.steps:
+            raise DefinitionError(f"level '{name}': roll_back=True with steps=0: there is no inner loop to return from.")
         if self.tasks is not None:
             raise DefinitionError(
                 f"level '{name}': tasks={self.tasks!r}, but task levels are not carried yet; leave it out."
@@ -202,6 +242,23 @@ class Level:
             raise DefinitionError(
                 f"level '{name}': reads must be a dict from argument names to level names, but {self.reads!r} came."
             )
+
+    def _check_response(self) -> None:
+        several = isinstance(self.response, Mapping)
+        if isinstance(self.response, Mapping):
+            object.__setattr__(self, "response", dict(self.response))
+        for response in self.responses if several else (self.response,):
+            if not isinstance(response, BestResponse):
+                made = " (call it: ITD())" if isinstance(response, type) else ""
+                raise DefinitionError(
+                    f"level '{self.name}': response={response!r} is no best response{made}; expected ITD(), AID(CG(20)), "
+                    "FiniteDifference() or a BestResponse of your own, or a dict of them by level name."
+                )
+            if isinstance(self.optimizer, Solver) and response.requires != "solution":
+                raise DefinitionError(
+                    f"level '{self.name}': {type(response).__name__} follows inner steps, but an outside solver makes none; "
+                    "use AID(…), which looks at the solution."
+                )
 
     def _check_sources(self, call: Call | None, what: str) -> None:
         for source in call.sources if call else ():

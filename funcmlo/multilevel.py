@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
-from funcmlo import _diff, _tree, finite, unroll
+from funcmlo import _diff, _tree, finite
 from funcmlo._tree import Tree
-from funcmlo.batches import Feed, feeds
-from funcmlo.errors import (
-    DefinitionError,
-    EstimatorError,
-    FuncmloWarning,
-    ParameterError,
-    listing,
-)
-from funcmlo.fold import Folded, total_gradient
-from funcmlo.graph import Graph, doubts
+from funcmlo.batches import feeds
+from funcmlo.declared import check_levels, check_nested
+from funcmlo.dependence import dependence
+from funcmlo.doubts import doubts, inexact
+from funcmlo.errors import DefinitionError, EstimatorError, FuncmloWarning, ParameterError, listing
+from funcmlo.graph import Graph
 from funcmlo.initial import first_state
 from funcmlo.level import Level
+from funcmlo.loops import Walk
+from funcmlo.nested import Nest
 from funcmlo.purity import untouched
+from funcmlo.schedule import Loop, Schedule, schedule
 from funcmlo.state import State
-from funcmlo.unroll import Problem, Run
+
+Composition = Literal["paths", "nested"]
 
 
 class Multilevel:
     """A program of levels, lowest first: pure functions from state to state.
 
     Args:
-        *levels: one or two levels, the lowest first.
-        composition: `"paths"`, the products along the graph's paths.
+        *levels: the levels, the lowest first.
+        composition: `"paths"`, the products along the graph's paths (Betty's eq. 2), which `graph.exact(k)` compares with
+            the total derivative; or `"nested"`, the total derivative of any hierarchy, the Hessians through lower best
+            responses included.
 
     Raises:
         DefinitionError: the levels do not fit together.
@@ -55,25 +55,39 @@ class Multilevel:
         Choe et al. 2023 (Betty), arXiv 2207.02849.
     """
 
-    def __init__(self, *levels: Level, composition: Literal["paths"] = "paths") -> None:
+    def __init__(self, *levels: Level, composition: Composition = "paths") -> None:
         if not levels or not all(isinstance(level, Level) for level in levels):
             came = listing(type(level).__name__ for level in levels)
             raise DefinitionError(f"Multilevel takes Level objects, lowest first; {came} came.")
-        if len(levels) > 2:
-            raise DefinitionError(f"Multilevel carries one or two levels yet; {len(levels)} came.")
-        if composition != "paths":
-            raise DefinitionError(f"composition={composition!r} is not carried yet; expected 'paths'.")
-        top = levels[-1]
-        if top.steps != 1 or top.init is not None:
-            raise DefinitionError(
-                f"level '{top.name}' is the top level, which makes one update for each call of step: leave out its steps "
-                "(call step again) and its init (pass its parameters to program.init)."
-            )
+        if composition not in get_args(Composition):
+            raise DefinitionError(f"composition={composition!r}; expected {' or '.join(map(repr, get_args(Composition)))}.")
         self.levels = levels
         self.composition = composition
         self.graph = Graph.of(levels)
-        for warning in doubts(levels, self.graph):
+        names = self.graph.levels
+        self._needs = dependence(self.graph)
+        nested = composition == "nested"
+        by_composition = {"paths": self.graph.users, "nested": self._needs.users}
+        self._users = {name: by_composition[composition](name) for name in names}
+        # A state serves both compositions, so it has room for the estimators of either.
+        self._keepers = {name: tuple({k: k for users in by_composition.values() for k in users(name)}) for name in names}
+        check_levels(levels, self.graph, self._users)
+        if nested:
+            check_nested(levels, self._needs)
+        for warning in doubts(levels, self.graph) + ([] if nested else inexact(self.graph)):
             warnings.warn(warning, FuncmloWarning, stacklevel=2)
+        self._below = {name: self.graph.below(name)[::-1] for name in names}
+        if nested:
+            self._below = {name: _highest_first(names, {*self._below[name], *self._needs.needed[name]}) for name in names}
+        self._schedule = schedule(levels, self.graph, self._below, share=not nested)
+
+    def schedule(self) -> Schedule:
+        """Return the order of one outer step, which prints itself.
+
+        Returns:
+            The schedule; iterating over it gives the level of every update in order.
+        """
+        return self._schedule
 
     def init(self, params: Mapping[str, Tree], *, buffers: Mapping[str, Tree] | None = None, seed: int = 0) -> State:
         """Return the program's first state.
@@ -90,10 +104,10 @@ class Multilevel:
         Raises:
             ParameterError: a level's parameters are missing, unknown, or no tree of floating-point tensors.
         """
-        return first_state(self.levels, params, buffers or {}, seed)
+        return first_state(self.levels, self._keepers, params, buffers or {}, seed)
 
     def step(self, state: State, batches: Mapping[str, Any]) -> tuple[State, dict[str, dict[str, Any]]]:
-        """Make one outer step: each lower level's `steps` updates, then one update of the top level.
+        """Make one outer step, in the order that `schedule()` tells.
 
         Args:
             state: where the program stands; it is not changed.
@@ -101,56 +115,32 @@ class Multilevel:
                 step number to a batch.
 
         Returns:
-            The new state, and metrics by level: `cost` (at the last update, before it), `aux`, and for a lower level
-            `costs` (all inner steps), for the top level `gradient_norm` and `stats` (by lower level).
+            The new state, and metrics by level, of its last inner loop: `cost` (at the last update, before it), `costs` (at
+            all of them), `aux`; for a level with levels below it also `gradient_norm` and `stats` (by lower level) of the
+            last update's hypergradient.
 
         Raises:
             FuncmloError: the state, a batch, a loss's value or a response's answer is not as expected, or something
                 is no longer finite. The state that came in is still good.
         """
-        feed = self._begin(self.levels, state, batches, pure=False)
+        work = self._begin(self.graph.levels, state, batches, pure=False)
         with untouched(state), torch.no_grad():
-            runs = {level.name: self._run(level, state, feed, level.steps) for level in self.levels[:-1]}
-            state = self._after(state, runs)
-            top = self.levels[-1]
-            problem = self._problem(top, state, feed)
-            folded = self._fold(top, problem, state, runs)
-            inputs = {name: state.params[name] for name in top.reads_levels}
-            params, optimizer = problem.apply(state.params[top.name], state.optimizer[top.name], inputs, folded.gradient)
-            new = replace(
-                state,
-                params={**state.params, top.name: params},
-                optimizer={**state.optimizer, top.name: optimizer},
-                response={**state.response, **folded.response},
-                step={**state.step, top.name: state.step[top.name] + 1},
-            )
-        if not _diff.transforming():
-            finite.check(top.name, runs, folded, new.params[top.name])
-        metrics = {
-            name: {
-                "cost": _signed(self._level(name), run.costs[-1]),
-                "costs": _signed(self._level(name), torch.stack(run.costs)),
-                "aux": run.aux,
-            }
-            for name, run in runs.items()
-            if run.costs
-        }
-        metrics[top.name] = {
-            "cost": _signed(top, folded.cost),
-            "aux": folded.aux,
-            "gradient_norm": _tree.norm(folded.gradient),
-            "stats": folded.plain_stats(),
-        }
-        return new, metrics
+            for loop in self._schedule.tops:
+                work.run(loop)
+            if isinstance(work, Walk):
+                work.finish()
+        finite.check(work.events)
+        return work.state, {name: metrics for name in self.graph.levels if (metrics := self._metrics(name, work))}
 
     def hypergradient(
         self, state: State, batches: Mapping[str, Any], *, of: str, solve: bool = True, with_stats: bool = False
     ) -> Any:
-        """Return the gradient that `step` would give level `of`'s optimizer; nothing is updated.
+        """Return the (first) gradient that `step` would give level `of`'s optimizer; nothing is updated.
 
         Args:
             state: where the program stands; it is not changed.
-            batches: by level name, a fixed batch or a function from the level's step number to a batch.
+            batches: by level name, a fixed batch or a function from the level's step number to a batch; levels that make no
+                update before this one's first can be left out.
             of: the level's name.
             solve: whether the lower levels make their inner steps first; without, the state's parameters are taken
                 as their solutions.
@@ -163,28 +153,29 @@ class Multilevel:
             FuncmloError: as for `step`; besides, an iterator is refused.
         """
         self.graph.check(of)
-        level = self._level(of)
-        lower = self.levels[: self.levels.index(level)]
-        feed = self._begin((*lower, level), state, batches, pure=True)
+        before, own = self._schedule.before(of) if solve else ((), Loop(of, 1))
+        solved = [name for name in self.graph.levels if of in self._users[name]]
+        loops = [item for item in (*before, *own.first) if isinstance(item, Loop)]
+        running = {of, *solved}.union(*(loop.order() for loop in loops))
+        work = self._begin(running, state, batches, pure=True, solve=solve)
         with untouched(state), torch.no_grad():
-            runs = {below.name: self._run(below, state, feed, below.steps if solve else 0) for below in lower}
-            state = self._after(state, runs)
-            problem = self._problem(level, state, feed)
-            if level is not self.levels[-1]:
-                inputs = {name: state.params[name] for name in level.reads_levels}
-                begin = problem.start(inputs, state.params[of], state.optimizer[of])[0] if solve else state.params[of]
-                state = replace(state, params={**state.params, of: begin})
-            folded = self._fold(level, problem, state, runs)
-        if not _diff.transforming():
-            finite.check(of, runs, folded, None)
+            for item in before:
+                work.begin(item) if isinstance(item, str) else work.run(item)
+            if isinstance(work, Nest):
+                folded = work.hypergradient(of, begin=solve)
+            else:
+                folded = work.hypergradient(of, own if solve else None, solved)
+        finite.check(work.events)
         return (folded.gradient, folded.plain_stats()) if with_stats else folded.gradient
 
     def __repr__(self) -> str:
         """List the levels, lowest first."""
         return f"Multilevel({', '.join(self.graph.levels)})"
 
-    def _begin(self, levels: Sequence[Level], state: State, batches: Mapping[str, Any], *, pure: bool) -> dict[str, Feed]:
-        """Check what came in, before anything runs, and return the feeds of the levels that will run."""
+    def _begin(
+        self, running: Collection[str], state: State, batches: Mapping[str, Any], *, pure: bool, solve: bool = True
+    ) -> Walk | Nest:
+        """Check what came in, before anything runs, and set out with the feeds of the levels that will run."""
         if not isinstance(state, State):
             raise ParameterError(f"expected the State that program.init returns; {type(state).__name__} came.")
         if set(state.params) != set(self.graph.levels):
@@ -199,35 +190,32 @@ class Multilevel:
         if _diff.differentiating():
             raise EstimatorError(
                 "step and hypergradient cannot be differentiated (torch.func.grad, vjp or jvp is active); differentiate "
-                "an ordinary function of the parameters instead."
+                "an ordinary function of the parameters instead, with fm.argmin for what is solved inside."
             )
-        return feeds(levels, self.graph.levels, batches, state.step, pure=pure)
+        if self.composition == "nested" and _diff.transforming():
+            raise EstimatorError(
+                'composition="nested" solves again inside its derivatives and cannot be mapped (torch.func.vmap is active); '
+                "call step in a loop, or map over fm.argmin."
+            )
+        levels = {level.name: level for level in self.levels}
+        feed = feeds([levels[name] for name in running], self.graph.levels, batches, state.step, pure=pure)
+        if self.composition == "nested":
+            return Nest(levels, self._needs, self._below, feed, state, solve)
+        several = {name for name, users in self._keepers.items() if len(users) > 1}
+        return Walk(levels, self.graph, self._users, several, feed, state)
 
-    def _level(self, name: str) -> Level:
-        return self.levels[self.graph.levels.index(name)]
-
-    def _problem(self, level: Level, state: State, feed: Mapping[str, Feed]) -> Problem:
-        return Problem(level, feed[level.name], state.seed, state.step[level.name])
-
-    def _run(self, level: Level, state: State, feed: Mapping[str, Feed], steps: int) -> Run:
-        inputs = {name: state.params[name] for name in level.reads_levels}
-        problem = self._problem(level, state, feed)
-        return unroll.run(problem, state.params[level.name], state.optimizer[level.name], inputs, steps)
-
-    def _after(self, state: State, runs: Mapping[str, Run]) -> State:
-        """The state with the inner loops' ends in it."""
-        return replace(
-            state,
-            params={**state.params, **{name: run.solved.params for name, run in runs.items()}},
-            optimizer={**state.optimizer, **{name: run.solved.opt_state for name, run in runs.items()}},
-            step={**state.step, **{name: state.step[name] + run.solved.steps for name, run in runs.items()}},
-        )
-
-    def _fold(self, level: Level, problem: Problem, state: State, runs: Mapping[str, Run]) -> Folded:
-        solved = {name: (self._level(name).response, run.solved) for name, run in runs.items()}
-        return total_gradient(self.graph, problem, state.params, solved, state.response)
+    def _metrics(self, name: str, work: Walk | Nest) -> dict[str, Any]:
+        """What `step` tells about a level."""
+        outcome = work.outcomes.get(name)
+        if outcome is None or not outcome.costs:
+            return {}
+        sign = -1 if work.levels[name].maximize else 1
+        metrics: dict[str, Any] = {"cost": sign * outcome.costs[-1], "costs": sign * torch.stack(list(outcome.costs))}
+        metrics["aux"] = outcome.aux
+        if outcome.folded is not None:
+            metrics |= {"gradient_norm": _tree.norm(outcome.folded.gradient), "stats": outcome.folded.plain_stats()}
+        return metrics
 
 
-def _signed(level: Level, cost: Tensor) -> Tensor:
-    """The cost as the loss returned it."""
-    return -cost if level.maximize else cost
+def _highest_first(order: Sequence[str], names: Collection[str]) -> tuple[str, ...]:
+    return tuple(name for name in reversed(order) if name in names)

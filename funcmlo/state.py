@@ -16,7 +16,8 @@ class State:
     Attributes:
         params: each level's parameters.
         optimizer: each level's optimizer state.
-        response: each level's estimator state (a warm start, say); None for estimators that keep nothing.
+        response: each level's estimator state (a warm start, say); None for estimators that keep nothing. Where several
+            levels differentiate through it, a dict of such states by their names.
         buffers: each level's buffers; empty dicts until modules with buffers are carried.
         step: how many updates each level has made; integers, constants under every map.
         seed: where all randomness comes from; an integer, a constant under every map.

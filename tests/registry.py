@@ -13,7 +13,8 @@ from torch import Tensor
 import funcmlo as fm
 from funcmlo import _tree
 from funcmlo.operators import ravel, unravel
-from funcmlo.unroll import Problem, run
+from funcmlo.problem import Problem
+from funcmlo.unroll import run
 
 # name -> estimator from (largest eigenvalue of the lower Hessian, number of lower parameters)
 ESTIMATORS: dict[str, Callable[[float, int], fm.BestResponse]] = {
@@ -132,7 +133,8 @@ def solved(
         reads={name: name for name in names},
     )
     problem = Problem(level, lambda t: None, seed=0, first=0)
-    return run(problem, params, level.optimizer_for(inputs).init(params), inputs, steps).solved
+    standing = (params, level.optimizer_for(inputs).init(params))
+    return run(problem, standing, inputs, steps, response.requires).solved
 
 
 def vector_like(tree: object, seed: int) -> object:

@@ -10,7 +10,8 @@ import torch
 import funcmlo as fm
 from funcmlo.fold import total_gradient
 from funcmlo.graph import Graph
-from funcmlo.unroll import Problem, run
+from funcmlo.problem import Problem
+from funcmlo.unroll import run
 from tests.programs import BATCHES, SGD, program, start
 
 
@@ -53,7 +54,7 @@ def test_cotangents_are_folded_from_the_top_down_and_added_where_paths_meet() ->
     params = {"a": torch.tensor(2.0).double(), "b": torch.tensor(11.0).double(), "c": torch.tensor(1.0).double()}
     problems = {level.name: Problem(level, lambda t: None, seed=0, first=0) for level in levels}
     below = {
-        n: (aid, run(problems[n], params[n], (), {k: params[k] for k in problems[n].level.reads_levels}, 0).solved)
+        n: (aid, run(problems[n], (params[n], ()), {k: params[k] for k in problems[n].level.reads_levels}, 0).solved)
         for n in "ab"
     }
     with torch.no_grad():

@@ -71,9 +71,9 @@ def test_mismatched_leaves_are_named() -> None:
 
 
 def test_finiteness_looks_at_floating_point_tensors_only() -> None:
-    assert _tree.all_finite({"a": torch.ones(2), "b": 3, "c": torch.tensor([1])})
-    assert not _tree.all_finite([torch.ones(2), torch.tensor([1.0, torch.inf])])
-    assert not _tree.all_finite(torch.tensor(torch.nan))
+    assert _tree.finite({"a": torch.ones(2), "b": 3, "c": torch.tensor([1])})
+    assert not _tree.finite([torch.ones(2), torch.tensor([1.0, torch.inf])])
+    assert not _tree.finite(torch.tensor(torch.nan))
 
 
 def test_a_lower_tree_of_which_the_upper_cost_reads_a_part() -> None:

@@ -213,15 +213,10 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     # programs
     "no level": (fm.Multilevel, D, r"takes Level objects, lowest first; none came"),
     "a list of levels": (lambda: fm.Multilevel([level()]), D, r"takes Level objects, lowest first; list came"),
-    "three levels": (
-        lambda: fm.Multilevel(*(level(name=n, loss=lambda p: 0.0) for n in "abc")),
-        D,
-        r"one or two levels yet; 3 came",
-    ),
     "an unknown composition": (
-        lambda: fm.Multilevel(level(loss=lambda p: 0.0), composition="nested"),
+        lambda: fm.Multilevel(level(loss=lambda p: 0.0), composition="exact"),
         D,
-        r"'nested' is not",
+        r"composition='exact'; expected 'paths' or 'nested'",
     ),
     "two levels of one name": (lambda: fm.Multilevel(level(), level()), D, r"two levels are called 'y'; names must differ"),
     "an unknown level in a signature": (
@@ -239,20 +234,47 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         D,
         r"first argument is 'y', another level, but the first argument is the level's own parameters",
     ),
-    "a start that reads a level below": (
-        lambda: fm.Multilevel(level(loss=lambda y: 0.0), fm.Level("x", upper, lambda y: SGD)),
+    "a top level without updates": (
+        lambda: fm.Multilevel(level(loss=lambda y: 0.0, steps=0)),
         D,
-        r"level 'x': its init or its optimizer reads 'y', a level below it",
-    ),
-    "steps of the top level": (
-        lambda: fm.Multilevel(level(loss=lambda y: 0.0, steps=3)),
-        D,
-        r"level 'y' is the top level, which makes one update for each call of step: leave out its steps",
+        r"level 'y' is a top level: .* how many updates it makes for each call of step \(at least 1\)",
     ),
     "a start of the top level": (
         lambda: fm.Multilevel(level(loss=lambda y: 0.0, init=lambda: torch.zeros(2))),
         D,
-        r"leave out.*its init \(pass its parameters to program.init\)",
+        r"leave them out \(pass its parameters to program.init\)",
+    ),
+    "a warm-up of the top level": (lambda: fm.Multilevel(level(loss=lambda y: 0.0, warmup=3)), D, r"warmup= and roll_back="),
+    "a roll-back of the top level": (
+        lambda: fm.Multilevel(level(loss=lambda y: 0.0, roll_back=True)),
+        D,
+        r"warmup= and roll_back= have no meaning",
+    ),
+    "a warm-up where every loop begins afresh": (
+        lambda: level(warmup=3, init=lambda x: x),
+        D,
+        r"with init= every inner loop begins afresh, so warmup= and roll_back= have no meaning",
+    ),
+    "a roll-back without inner steps": (lambda: level(steps=0, roll_back=True), D, r"no inner loop to return from"),
+    "a negative warm-up": (lambda: level(warmup=-1), D, r"warmup=-1; expected an integer of at least 0"),
+    "a roll-back that is no bool": (lambda: level(roll_back=1), D, r"roll_back=1; expected True or False"),
+    "a dict of things that are no responses": (lambda: level(response={"x": "cg"}), D, r"response='cg' is no best response"),
+    "a response for a level that is none": (
+        lambda: program(response={"xs": fm.ITD()}),
+        D,
+        r"level 'y': its response= names 'xs', which is no level; did you mean 'x'\?",
+    ),
+    "a response for a level that does not ask": (
+        lambda: program(response={"x": fm.ITD(), "y": fm.ITD()}),
+        D,
+        r"no hypergradient of 'y' runs through 'y'; those of x do",
+    ),
+    "a response for too few levels": (lambda: program(response={}), D, r"its response= says nothing for 'x'"),
+    "an outside solver that is none": (lambda: fm.Solver(3), D, r"Solver\(function=3\): expected a function"),
+    "an outside solver with a response that follows steps": (
+        lambda: level(optimizer=fm.Solver(lambda y: y), response=fm.ITD()),
+        D,
+        r"ITD follows inner steps, but an outside solver makes none; use AID",
     ),
     # parameters
     "parameters that are no dict": (lambda: program().init([torch.zeros(2)]), P, r"takes a dict.*list came"),

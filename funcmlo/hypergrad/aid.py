@@ -8,14 +8,17 @@ from typing import Any, ClassVar
 from funcmlo import _diff, _tree
 from funcmlo._tree import Tree
 from funcmlo.errors import DefinitionError
-from funcmlo.hypergrad.base import BestResponse, Claims, Requires, Solved, Stats
+from funcmlo.hypergrad.base import BestResponse, Claims, Closed, Requires, Solved, Stats
 from funcmlo.linear.base import LinearSolver
+from funcmlo.linear.differentiable import Condition, System, solve
 from funcmlo.operators import Operator
 
 
 @dataclass(frozen=True)
 class AID(BestResponse):
     """Jᵀv = −∇²_xy g · H⁻¹v, from the solution alone (the implicit function theorem at ∇_y g(y*, x) = 0).
+
+    For a problem with a condition F(y*, x) = 0 of its own, such as a fixed point, −(∂_xF)ᵀ (∂_yF)⁻ᵀ v.
 
     H = ∇²_yy g is the Hessian of the level's loss. What the optimizer adds to it (decoupled or coupled weight decay)
     and what `project=` cuts off are not in the loss and not in H; put regularizers into the loss.
@@ -48,7 +51,7 @@ class AID(BestResponse):
     solver: LinearSolver
 
     requires: ClassVar[Requires] = "solution"
-    claims: ClassVar[Claims] = Claims(target="implicit")
+    claims: ClassVar[Claims] = Claims(target="implicit", differentiable=True)
 
     def __post_init__(self) -> None:
         """Refuse what is no linear solver."""
@@ -68,21 +71,36 @@ class AID(BestResponse):
         Returns:
             The cotangents by input name, the state, and the stats.
         """
+        constants, condition = _condition(solved)
+        y, x = solved.params, solved.inputs
+        system = System(self.solver, condition, symmetric=solved.condition is None)
+        again = _diff.recording(constants, y, x, cotangent)
 
-        def inner_gradient(y: Tree, x: dict[str, Tree]) -> tuple[Tree, None]:
-            _, _, (gradient,), _ = _diff.value_and_grads(lambda at: (solved.loss(at, x), None), [y])
-            return gradient, None
+        def body(operator: Operator, pullback: _diff.Pullback) -> Tree:
+            # Outside of other derivatives one graph serves the products with the curvature and the cross product.
+            w = solve(system, constants, y, x, cotangent) if again else self.solver.solve(operator, cotangent)
+            (product,) = pullback(w.value, wrt=[1])
+            return product, w.products, w.iterations, w.residual, w.converged, w.negative_curvature
 
-        _, _, pullback = _diff.vjp(inner_gradient, [solved.params, solved.inputs])
-        hessian = Operator(lambda u: pullback(u, wrt=[0])[0], like=solved.params, symmetric=True)
-        w = self.solver.solve(hessian, cotangent)
-        (product,) = pullback(w.value, wrt=[1])
+        product, hvps, iterations, residual, converged, negative_curvature = system.within(constants, y, x, body)
         stats = Stats(
-            hvps=w.products,
+            hvps=hvps,
             gradients=1,
-            iterations=w.iterations,
-            residual=w.residual,
-            converged=w.converged,
-            negative_curvature=w.negative_curvature,
+            iterations=iterations,
+            residual=residual,
+            converged=converged,
+            negative_curvature=negative_curvature,
         )
         return _tree.negative(product), state, stats
+
+
+def _condition(solved: Solved) -> tuple[Tree, Condition]:
+    """F(constants, y, x) = 0 at the solution: ∇_y g, or the problem's own condition."""
+    given = solved.loss if solved.condition is None else solved.condition
+    closed = given if isinstance(given, Closed) else Closed(lambda _, y, x: given(y, x), ())
+
+    def gradient(constants: Tree, y: Tree, x: Tree) -> Tree:
+        _, _, (gradient,), _ = _diff.value_and_grads(lambda at: (closed.function(constants, at, x), None), [y])
+        return gradient
+
+    return closed.constants, gradient if solved.condition is None else closed.function

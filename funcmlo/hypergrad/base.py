@@ -29,17 +29,19 @@ class Claims:
         exact: whether it reaches its target to rounding on a converged problem (else to its knob's accuracy).
         stochastic: whether its answer depends on random draws; it is then unbiased for its target.
         knob: the field whose limit takes it to its target, such as ``"iterations"``; None without one.
+        differentiable: whether its answer can be differentiated again, as `composition="nested"` and nested `argmin` do.
     """
 
     target: Target = "implicit"
     exact: bool = True
     stochastic: bool = False
     knob: str | None = None
+    differentiable: bool = False
 
 
 @dataclass(frozen=True)
 class Stats:
-    """What one best-response product cost, and how far its linear system was solved.
+    """What best-response products cost, and how far their linear system was solved.
 
     Fields are read as attributes or by name, `stats["hvps"]`, as from the plain dict that an estimator may return instead.
 
@@ -51,6 +53,7 @@ class Stats:
         residual: ‖v − Hw‖ / ‖v‖ of the linear system as the solver knows it; None without a system.
         converged: whether the solver met its tolerance; None without a system.
         negative_curvature: whether the solver met a direction of zero or negative curvature and stopped there.
+        products: how many products Jᵀv these numbers are the sum of.
     """
 
     hvps: int = 0
@@ -60,6 +63,7 @@ class Stats:
     residual: float | Tensor | None = None
     converged: bool | Tensor | None = None
     negative_curvature: bool | Tensor | None = None
+    products: int = 1
 
     def __getitem__(self, name: str) -> Any:
         """Return a field by its name.
@@ -77,6 +81,22 @@ class Stats:
         if name not in names:
             raise KeyError(f"{name!r} is no statistic; there are {', '.join(names)}")
         return getattr(self, name)
+
+    def __add__(self, other: Stats) -> Stats:
+        """Return the stats of both together: counts added, the larger residual, converged only if both are."""
+
+        def both(name: str, join: Callable[[Any, Any], Any]) -> Any:
+            a, b = getattr(self, name), getattr(other, name)
+            return b if a is None else a if b is None else join(a, b)
+
+        counts = {name: getattr(self, name) + getattr(other, name) for name in ("hvps", "gradients", "steps", "products")}
+        return Stats(
+            **counts,
+            iterations=both("iterations", lambda a, b: a + b),
+            residual=both("residual", max),
+            converged=both("converged", lambda a, b: a and b),
+            negative_curvature=both("negative_curvature", lambda a, b: a or b),
+        )
 
     def plain(self) -> Stats:
         """Return the same stats with Python numbers in place of 0-d tensors (waits for the device)."""
@@ -97,6 +117,26 @@ class Trajectory(Protocol):
 
 
 @dataclass(frozen=True)
+class Closed:
+    """A function with the tensors that it closes over laid open, so that they can be handed in as operands.
+
+    torch.func's custom derivatives must receive everything that is traced as an operand: a closure over a traced tensor
+    is an internal error there, or a silently wrong derivative.
+
+    Attributes:
+        function: `function(constants, …)`.
+        constants: the tree of tensors, held constant by every derivative.
+    """
+
+    function: Callable[..., Any]
+    constants: Tree
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function with its constants."""
+        return self.function(self.constants, *args, **kwargs)
+
+
+@dataclass(frozen=True)
 class Solved:
     """A lower level at its solution: everything an estimator may use.
 
@@ -113,6 +153,8 @@ class Solved:
         start: `start(inputs)`, where the inner loop begins as a function of the inputs: (params, opt_state).
         optimizer: the level's optimizer, a torchopt transformation that is pure and differentiable.
         trajectory: the recorded inner run, for an estimator with `requires = "trajectory"`; None otherwise.
+        condition: `condition(params, inputs)`, a tree like params that vanishes at the solution, for a problem that is
+            no minimization (a fixed point); None for ∇_y loss.
     """
 
     params: Tree
@@ -125,6 +167,7 @@ class Solved:
     start: Callable[[dict[str, Tree]], tuple[Tree, Tree]] = field(repr=False)
     optimizer: GradientTransformation = field(repr=False)
     trajectory: Trajectory | None = field(default=None, repr=False)
+    condition: Callable[[Tree, dict[str, Tree]], Tree] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

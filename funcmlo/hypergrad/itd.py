@@ -9,6 +9,11 @@ from funcmlo._tree import Tree
 from funcmlo.errors import EstimatorError
 from funcmlo.hypergrad.base import BestResponse, Claims, Requires, Solved, Stats
 
+NO_STEPS = (
+    "ITD differentiates the inner steps, but none were made (steps=0 or solve=False); use AID, which needs the solution "
+    "alone, or solve the lower level."
+)
+
 
 @dataclass(frozen=True)
 class ITD(BestResponse):
@@ -36,7 +41,7 @@ class ITD(BestResponse):
     """
 
     requires: ClassVar[Requires] = "trajectory"
-    claims: ClassVar[Claims] = Claims(target="unrolled")
+    claims: ClassVar[Claims] = Claims(target="unrolled", differentiable=True)
 
     def vjp(self, solved: Solved, cotangent: Tree, state: Any) -> tuple[dict[str, Tree], Any, Stats]:
         """Return (∂y_T/∂x)ᵀ v for every input.
@@ -53,8 +58,5 @@ class ITD(BestResponse):
             EstimatorError: no inner steps were recorded.
         """
         if solved.trajectory is None or not solved.steps:
-            raise EstimatorError(
-                "ITD differentiates the inner steps, but none were made (steps=0 or solve=False); use AID, which needs "
-                "the solution alone, or solve the lower level."
-            )
+            raise EstimatorError(NO_STEPS)
         return solved.trajectory.pullback(cotangent), state, Stats(steps=solved.steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from numbers import Integral
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -37,6 +38,9 @@ class Solution:
 @dataclass(frozen=True)
 class LinearSolver(ABC):
     """Base of the solvers of Hw = v."""
+
+    symmetric_only: ClassVar[bool] = False
+    """Whether H must be symmetric."""
 
     @abstractmethod
     def solve(self, operator: Operator, rhs: Tree) -> Solution:

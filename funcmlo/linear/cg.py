@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from funcmlo import _diff, _tree
 from funcmlo._tree import Tree
-from funcmlo.errors import DefinitionError
+from funcmlo.errors import DefinitionError, EstimatorError
 from funcmlo.linear.base import LinearSolver, Solution, check_iterations
 from funcmlo.operators import Operator
 
@@ -50,6 +51,8 @@ class CG(LinearSolver):
     damping: float = 0.0
     preconditioner: Callable[[Tree], Tree] | None = None
 
+    symmetric_only: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
         check_iterations("CG", self.iterations)
@@ -69,7 +72,15 @@ class CG(LinearSolver):
 
         Returns:
             w with its statistics; a zero v gives zero at once.
+
+        Raises:
+            EstimatorError: H is not symmetric.
         """
+        if not operator.symmetric:
+            raise EstimatorError(
+                "CG solves symmetric systems, and this one (a fixed point's I − ∂Φ) is not; use Neumann(…, scale=1.0), "
+                "which sums the map's own powers, or Direct()."
+            )
         epsilon = _tree.coarsest_epsilon(rhs)
         rounding = min(_FLAT * epsilon, epsilon**0.75)
         target = max(self.tol, 2 * epsilon)

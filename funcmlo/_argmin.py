@@ -1,0 +1,168 @@
+"""`argmin`: a solution map inside ordinary torch code, differentiable by a best response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchopt.base import GradientTransformation
+
+from funcmlo import _diff, _tree, operands
+from funcmlo._tree import Tree
+from funcmlo.batches import feeds
+from funcmlo.errors import DefinitionError, EstimatorError
+from funcmlo.hypergrad.base import BestResponse, Closed, Solved
+from funcmlo.hypergrad.itd import ITD
+from funcmlo.level import Level
+from funcmlo.problem import Problem
+from funcmlo.solution import SolutionMap
+from funcmlo.solver import Solver
+from funcmlo.unroll import Passage, hand_over, run
+
+
+def argmin(
+    loss: Callable[..., Any],
+    optimizer: GradientTransformation | Callable[..., GradientTransformation] | Solver,
+    *,
+    steps: int,
+    response: BestResponse,
+    project: Callable[[Tree], Tree] | None = None,
+    maximize: bool = False,
+    seed: int = 0,
+) -> Argmin:
+    """Return `solve(init, *inputs, batch=None)`, the minimizer of a loss as a differentiable function of the inputs.
+
+    It works under `torch.func.grad`, `vjp`, `jacrev` and `vmap`, under `torch.autograd.grad` and `backward`, and inside
+    itself: a loss may call another `argmin`. Everything that is differentiated must come in as an input; a loss that
+    closes over a traced tensor is refused.
+
+    Args:
+        loss: `loss(params, …)`, read as a `Level`'s: the first argument is what is minimized over, one called `batch`
+            takes the batch, the others are the inputs, in their order.
+        optimizer: a torchopt transformation, a function of inputs that returns one (inputs that only it names come
+            last), or an outside `Solver`.
+        steps: the number of updates; with 0, `init` itself is taken as the solution.
+        response: how the solution is differentiated; `ITD()` through the steps (and by `init`), others at the solution.
+        project: keeps the parameters in a set after each update.
+        maximize: whether the loss is maximized.
+        seed: where a loss's random draws come from: the same in every call.
+
+    Returns:
+        The solution map.
+
+    Raises:
+        DefinitionError: the declaration has no meaning; the message says what is expected.
+        EstimatorError: the response needs inner steps, and there are none.
+
+    Example:
+        y* = x, so d(Σ y*²)/dx = 2x:
+
+        >>> import torch, torchopt, funcmlo as fm
+        >>> solve = fm.argmin(lambda y, x: ((y - x) ** 2).sum(), torchopt.sgd(0.5), steps=1, response=fm.AID(fm.CG(5)))
+        >>> torch.func.grad(lambda x: (solve(torch.zeros(2), x) ** 2).sum())(torch.tensor([1.0, 2.0]))
+        tensor([2., 4.])
+
+    References:
+        Grazzi et al. 2020, arXiv 2006.16218; Blondel et al. 2022, arXiv 2105.15183.
+    """
+    level = Level("argmin", loss, optimizer, steps=steps, response=response, project=project, maximize=maximize)
+    if not isinstance(response, BestResponse):
+        raise DefinitionError("argmin takes one response; a dict by level name is for the levels of a program.")
+    if not steps and response.requires != "solution":
+        raise EstimatorError(
+            f"argmin: {type(response).__name__} follows inner steps, but steps=0 makes none; use AID(…), which takes init "
+            "as the solution."
+        )
+    return Argmin(level, seed)
+
+
+@dataclass(frozen=True)
+class Argmin:
+    """A differentiable solution map, made by `argmin`."""
+
+    level: Level
+    seed: int
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the inputs, in the order in which they are handed in."""
+        return self.level.reads_levels
+
+    def __call__(self, init: Tree, *inputs: Tree, batch: Any = None, **named: Tree) -> Tree:
+        """Return the solution.
+
+        Args:
+            init: where the solver starts, a tree of floating-point tensors.
+            *inputs: the inputs, in the loss's order: tensors, trees of them, or anything that is not differentiated by.
+            batch: what the loss's argument `batch` receives; a function from the step's number to a batch, where each
+                step has its own.
+            **named: inputs by name.
+
+        Returns:
+            A tree like init.
+
+        Raises:
+            FuncmloError: inputs are missing or too many, or something else is not as expected.
+        """
+        level, response = self.level, self.level.responses[0]
+        x = operands.named("argmin", self.inputs, inputs, named)
+        operands.check_init("argmin", init)
+        operands.check_batch("argmin", batch)
+        feeds([level], [level.name], {} if batch is None else {level.name: batch}, {level.name: 0}, pure=True)
+        differentiable, fixed = operands.split("argmin", x)
+        constants, whole = _tree.partition((fixed, None if callable(batch) else batch))
+
+        def bind(constants: list[Tensor]) -> Problem:
+            """The problem with its constants, which are operands of whatever is differentiated."""
+            fixed, data = whole(constants)
+            feed = batch if callable(batch) else lambda t: data
+            return Problem(level, feed, self.seed, 0, fixed)
+
+        functions = [level.loss, level.optimizer, level.project]
+        operands.check_closures("argmin", functions, lambda y, x: bind(constants).cost(y, x, 0)[0], init, differentiable)
+        if isinstance(response, ITD):
+            return _unrolled(bind(constants), init, differentiable)
+
+        def find(constants: list[Tensor], init: Tree, x: dict[str, Tree]) -> Tree:
+            problem = bind(constants)
+            return run(problem, (init, problem.optimizer(x).init(init)), x, level.steps).solved.params
+
+        if not _diff.recording(differentiable):
+            return find(constants, _tree.detach(init), differentiable)
+        solution = SolutionMap("argmin", response, find, lambda *given: _solved(bind, response, *given))
+        return solution(constants, _tree.detach(init), differentiable)
+
+
+def _unrolled(problem: Problem, init: Tree, x: dict[str, Tree]) -> Tree:
+    """The inner steps in the open: who differentiates the caller differentiates them."""
+    with torch.set_grad_enabled(_diff.recording(init, x)):
+        y, state = init, problem.optimizer(x).init(init)
+        for t in range(problem.level.steps):
+            y, state, _, _ = problem.update(y, state, x, t)
+    return y
+
+
+def _solved(
+    bind: Callable[[list[Tensor]], Problem],
+    response: BestResponse,
+    constants: list[Tensor],
+    init: Tree,
+    x: dict[str, Tree],
+    y: Tree,
+) -> Solved:
+    """The problem at its solution, everything that may be traced laid open."""
+    problem = bind(constants)
+    steps = problem.level.steps
+    standing = init, problem.optimizer(x).init(init)
+
+    def loss(constants: list[Tensor], at: Tree, x: dict[str, Tree], draw: int | None = None) -> Tensor:
+        return bind(constants).cost(at, x, max(steps - 1, 0) if draw is None else steps + draw)[0]
+
+    if response.requires == "solution":
+        solved = hand_over(problem, standing, standing, (y, standing[1]), [Passage(x)] * steps, x)
+    else:  # nothing of the steps left the forward pass, so they are made again
+        solved = run(problem, standing, x, steps, response.requires).solved
+    return replace(solved, loss=Closed(loss, constants))

@@ -1,0 +1,59 @@
+"""What a program declares that is legal and yet probably not meant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from funcmlo.errors import listing
+from funcmlo.graph import Graph
+from funcmlo.level import Level
+
+
+def doubts(levels: Sequence[Level], graph: Graph) -> list[str]:
+    """Say what a program declares that is legal and yet probably not meant.
+
+    Args:
+        levels: the levels, lowest first.
+        graph: their graph.
+
+    Returns:
+        A sentence for each doubt.
+    """
+    found = [
+        f"no path leads from level '{name}' through a level below it back to its cost, so its hypergradient is its direct "
+        f"gradient alone. Its graph:\n{graph}"
+        for name in graph.levels
+        # A level that only reads solutions is a stage of a pipeline, and one without edges stands alone; both may be meant.
+        if not graph.responding(name)
+        and (any(upper == name for upper, _ in graph.u2l) or (name in graph.tops and graph.below(name)))
+    ]
+    for level in levels:
+        # An optimizer's settings leave a converged solution where it is. So does a start, and is meant to where the
+        # loss reads the same level (a proximal term).
+        unseen = {name for name in level.start_levels if name not in level.cost_levels} | set(level.optimizer_levels)
+        blind = [response for response in level.responses if response.requires == "solution"]
+        if unseen and blind and not level.has_solver:
+            found.append(
+                f"level '{level.name}': {type(blind[0]).__name__} looks at the solution alone, so nothing of a "
+                f"hypergradient comes through what its init or its optimizer reads of {listing(sorted(unseen))}; use "
+                "ITD(), which follows the inner steps."
+            )
+    return found
+
+
+def inexact(graph: Graph) -> list[str]:
+    """Say where the products along paths differ from the total derivative.
+
+    Args:
+        graph: the program's graph.
+
+    Returns:
+        One sentence, with the remedy, if there is such a level; else nothing.
+    """
+    spoilt = [exact for name in graph.levels if not (exact := graph.exact(name))]
+    if not spoilt:
+        return []
+    return [
+        f'composition="paths" is not the total derivative here: {"; ".join(map(str, spoilt))}. Use composition="nested" for '
+        "the total derivative; or ignore this warning if eq. 2 of Betty's paper is what you want."
+    ]

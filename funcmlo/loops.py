@@ -1,0 +1,223 @@
+"""Walking a schedule: inner loops, updates and hypergradients, by the products along paths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from funcmlo import _diff, _tree, unroll
+from funcmlo._tree import Tree
+from funcmlo.batches import Feed, forget
+from funcmlo.finite import Event
+from funcmlo.fold import Folded, total_gradient
+from funcmlo.graph import Graph
+from funcmlo.hypergrad.base import Requires, Solved
+from funcmlo.level import Level
+from funcmlo.problem import Problem
+from funcmlo.schedule import Loop, whole
+from funcmlo.state import State
+from funcmlo.unroll import Passage, Standing
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a level's last inner loop leaves for the metrics: its costs, the last one's metrics and hypergradient."""
+
+    costs: Sequence[Tensor]
+    aux: Any
+    folded: Folded | None = None
+
+
+@dataclass
+class Walk:
+    """One call's work in progress: the state as it moves on, and what was solved on the way.
+
+    Attributes:
+        levels: the levels by name.
+        graph: their graph.
+        users: for each level, the levels that differentiate through it.
+        several: the levels whose estimator states are kept by upper level.
+        feeds: their batches.
+        state: where the program stands.
+        solved: each level's last inner loop.
+        outcomes: what the metrics need of it.
+        events: what is looked at for finiteness in the end.
+        returning: where a level with `roll_back=True` will return to: its loop, its standing and its step then.
+    """
+
+    levels: Mapping[str, Level]
+    graph: Graph
+    users: Mapping[str, Sequence[str]]
+    several: Set[str]
+    feeds: Mapping[str, Feed]
+    state: State
+    solved: dict[str, Solved] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list)
+    returning: dict[str, tuple[Loop, Standing, int]] = field(default_factory=dict)
+
+    def run(self, loop: Loop) -> None:
+        """Run an inner loop, with what is due before it: its level's roll-back, and its warm-up."""
+        name = loop.level
+        level = self.levels[name]
+        self._roll_back(name)
+        if self.state.step[name] < level.warmup:
+            self._loop(whole(loop, level.warmup - self.state.step[name]), "solution")
+        if level.roll_back:
+            self.returning[name] = (loop, self._standing(name), self.state.step[name])
+        self._loop(loop, self._requires(name))
+
+    def finish(self) -> None:
+        """Make the roll-backs that are still due, the highest level's first: it runs those below it."""
+        for name in reversed(self.graph.levels):
+            self._roll_back(name)
+
+    def begin(self, name: str) -> None:
+        """Take a level to where its inner loop begins."""
+        self._put(name, self.problem(name).start(self._inputs(name), *self._standing(name)))
+
+    def hypergradient(self, name: str, loop: Loop | None, solved: Sequence[str]) -> Folded:
+        """Return the total gradient of a level at its next step; nothing is updated.
+
+        Args:
+            name: the level.
+            loop: the loop whose first step that is; without one the level and those below are taken where they stand.
+            solved: the levels that are then taken to be solved.
+
+        Returns:
+            The total gradient.
+        """
+        if loop is not None and loop.begins_before:
+            self.begin(name)
+        for inner in loop.first if loop is not None else ():
+            self.run(inner)
+        if loop is not None and not loop.begins_before:
+            self.begin(name)
+        for lower in solved if loop is None else ():
+            self.solved[lower] = unroll.run(self.problem(lower), self._standing(lower), self._inputs(lower), 0).solved
+        folded = self._fold(self.problem(name), 0)
+        self._note(name, [folded.cost], None, folded)
+        return folded
+
+    def problem(self, name: str) -> Problem:
+        """Return a level with its batches and its randomness bound, at its next step."""
+        feed = self.feeds.get(name, no_batch)  # of a level that only begins, no batch is asked
+        return Problem(self.levels[name], feed, self.state.seed, self.state.step[name])
+
+    def _loop(self, loop: Loop, requires: Requires) -> None:
+        name = loop.level
+        problem, standing = self.problem(name), self._standing(name)
+        forget(problem.feed, problem.first)
+        if loop.first or loop.later or name in self.graph.tops:  # a top level's gradient is told in the metrics
+            self._interleaved(loop, problem, standing, requires)
+            return
+        run = unroll.run(problem, standing, self._inputs(name), loop.steps, requires)
+        self.solved[name] = run.solved
+        self._put(name, (run.solved.params, run.solved.opt_state), loop.steps)
+        self._note(name, run.costs, run.solved.params, None, run.aux)
+
+    def _interleaved(self, loop: Loop, problem: Problem, standing: Standing, requires: Requires) -> None:
+        """The loop of a level with levels below it: their loops before each update, a hypergradient for each update."""
+        name = loop.level
+        if loop.begins_before and loop.steps:
+            self.begin(name)
+        for inner in loop.first:
+            self.run(inner)
+        if loop.steps and not loop.begins_before:
+            self.begin(name)
+        inputs, begin = self._inputs(name), self._standing(name)
+        passages: list[Passage] = []
+        states, costs = [begin], list[Tensor]()
+        for t in range(loop.steps):
+            for inner in loop.later if t else ():
+                self.run(inner)
+            inputs = self._inputs(name)
+            cost, indirect = self._update(problem, inputs, t, costs)
+            costs.append(cost)
+            if requires != "solution":  # only then is the step run again
+                passages.append(Passage(inputs, indirect))
+            elif not problem.level.roll_back:
+                forget(problem.feed, problem.first + t)
+            if requires == "trajectory":
+                states.append(self._standing(name))
+        end = self._standing(name)
+        self._put(name, end, loop.steps)
+        passages = passages or [Passage(inputs)] * loop.steps
+        again = states if requires == "trajectory" else ()
+        self.solved[name] = unroll.hand_over(problem, standing, begin, end, passages, inputs, states=again)
+
+    def _update(
+        self, problem: Problem, inputs: dict[str, Tree], t: int, costs: Sequence[Tensor]
+    ) -> tuple[Tensor, Tree | None]:
+        """Make step t of a level with levels below it; return its cost and the indirect part of its hypergradient."""
+        name = problem.level.name
+        if problem.level.has_solver:
+            params, opt_state, cost, aux = problem.update(*self._standing(name), inputs, t)
+            folded = None
+        else:
+            folded = self._fold(problem, t)
+            params, opt_state = problem.apply(*self._standing(name), inputs, folded.gradient, t)
+            cost, aux = folded.cost, folded.aux
+        self._put(name, (params, opt_state))
+        self._note(name, [*costs, cost], params, folded, aux)
+        return cost, folded.indirect if folded else None
+
+    def _fold(self, problem: Problem, t: int) -> Folded:
+        k = problem.level.name
+        solved = {name: (self.levels[name].response_for(k), self.solved[name]) for name in self.graph.responding(k)}
+        kept = self.state.response
+        states = {name: kept[name][k] if name in self.several else kept[name] for name in solved}
+        folded = total_gradient(self.graph, problem, self.state.params, solved, states, t)
+        new = {n: {**kept[n], k: state} if n in self.several else state for n, state in folded.response.items()}
+        self.state = replace(self.state, response={**kept, **new})
+        return folded
+
+    def _roll_back(self, name: str) -> None:
+        """Return a level to where its last inner loop began and make one update there, if that is due."""
+        if name not in self.returning:
+            return
+        loop, standing, step = self.returning.pop(name)
+        self.state = replace(self.state, step={**self.state.step, name: step})
+        self._put(name, standing)
+        self._loop(whole(loop, 1), "solution")
+
+    def _requires(self, name: str) -> Requires:
+        """What the estimators of the levels above need of a level's inner loop."""
+        asked = {self.levels[name].response_for(upper).requires for upper in self.users[name]}
+        return next((kind for kind in _STRONGEST_FIRST if kind in asked), "solution")
+
+    def _inputs(self, name: str) -> dict[str, Tree]:
+        return {source: self.state.params[source] for source in self.levels[name].reads_levels}
+
+    def _standing(self, name: str) -> Standing:
+        return self.state.params[name], self.state.optimizer[name]
+
+    def _put(self, name: str, standing: Standing, steps: int = 0) -> None:
+        """Move a level on."""
+        self.state = replace(
+            self.state,
+            params={**self.state.params, name: standing[0]},
+            optimizer={**self.state.optimizer, name: standing[1]},
+            step={**self.state.step, name: self.state.step[name] + steps},
+        )
+
+    def _note(self, name: str, costs: Sequence[Tensor], params: Tree, folded: Folded | None, aux: Any = None) -> None:
+        """Keep what the metrics and the check of finiteness need, and nothing that holds a loop's memory."""
+        self.outcomes[name] = Outcome(costs, aux, folded)
+        if _diff.transforming():
+            return
+        moved = None if params is None else _tree.finite(params)
+        if folded is None:
+            self.events.append(Event(name, costs, moved))
+        else:
+            self.events.append(Event(name, costs[-1:], moved, _tree.finite(folded.gradient), folded.plain_stats()))
+
+
+def no_batch(t: int) -> None:
+    """The feed of a level that makes no update in this call."""
+
+
+_STRONGEST_FIRST: tuple[Requires, ...] = ("trajectory", "replay", "solution")

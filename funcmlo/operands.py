@@ -1,0 +1,137 @@
+"""What is handed to a solution map: inputs by name, what of them is differentiated, and what must not be closed over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcmlo import _diff, _tree
+from funcmlo._tree import Tree
+from funcmlo.closures import traced_closure
+from funcmlo.errors import BatchError, EstimatorError, ParameterError, listing, suggest
+from funcmlo.solution import REMEDY
+
+
+def named(owner: str, names: Sequence[str], inputs: Sequence[Tree], by_name: dict[str, Tree]) -> dict[str, Tree]:
+    """Give the inputs their names, each once.
+
+    Args:
+        owner: who takes them, for messages.
+        names: the names in order.
+        inputs: what came by position.
+        by_name: what came by name.
+
+    Returns:
+        The inputs by name, in order.
+
+    Raises:
+        ParameterError: inputs are missing, too many, unknown or there twice.
+    """
+    if len(inputs) > len(names):
+        raise ParameterError(
+            f"{owner}: {len(inputs)} inputs came, but {len(names)} are taken ({listing(names)}); a batch is handed in by "
+            "name, batch=…."
+        )
+    x = dict(zip(names, inputs, strict=False))
+    for name, value in by_name.items():
+        if name not in names:
+            raise ParameterError(f"{owner}: no input is called '{name}'{suggest(name, names)} Inputs: {listing(names)}.")
+        if name in x:
+            raise ParameterError(f"{owner}: input '{name}' came twice, by position and by name.")
+        x[name] = value
+    if missing := [name for name in names if name not in x]:
+        raise ParameterError(
+            f"{owner}: the inputs {listing(map(repr, missing))} did not come; expected solve(init, {listing(names)})."
+        )
+    return {name: x[name] for name in names}
+
+
+def check_init(owner: str, init: Tree) -> None:
+    """Raise unless the start is a tree of floating-point tensors.
+
+    Args:
+        owner: who takes it, for messages.
+        init: what came.
+
+    Raises:
+        ParameterError: it is not.
+    """
+    for path, leaf in _tree.named_leaves(init):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            came = f"a tensor of dtype {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise ParameterError(f"{owner}: init{path} is {came}; expected a tree of floating-point tensors.")
+
+
+def check_batch(owner: str, batch: Any) -> None:
+    """Raise if a batch is being differentiated: it is constant, so the derivative would be lost.
+
+    Args:
+        owner: who takes it, for messages.
+        batch: what came.
+
+    Raises:
+        BatchError: a tensor of it is traced.
+    """
+    if any(isinstance(leaf, Tensor) and _diff.traced(leaf) for leaf in _tree.leaves(batch)):
+        raise BatchError(
+            f"{owner}: the batch holds a tensor that is being differentiated, but a batch is constant; hand it in as an "
+            "input instead, solve(init, …, data), or detach it."
+        )
+
+
+def split(owner: str, x: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Tree]]:
+    """Divide the inputs into those that can be differentiated by, trees of floating-point tensors, and the others.
+
+    Args:
+        owner: who takes them, for messages.
+        x: the inputs by name.
+
+    Returns:
+        The vectors and the others, each by name.
+
+    Raises:
+        ParameterError: an input holds a traced tensor beside something that is no floating-point tensor.
+    """
+    vectors = {name: tree for name, tree in x.items() if _is_vector(tree)}
+    others = {name: tree for name, tree in x.items() if name not in vectors}
+    for name, tree in others.items():
+        if any(isinstance(leaf, Tensor) and _diff.traced(leaf) for leaf in _tree.leaves(tree)):
+            raise ParameterError(
+                f"{owner}: input '{name}' holds something that is differentiated beside something that is no floating-point "
+                "tensor; hand them in as two inputs."
+            )
+    return vectors, others
+
+
+def check_closures(
+    owner: str, functions: Sequence[Any], value: Callable[[Tree, dict[str, Tree]], Tree], init: Tree, x: dict[str, Tree]
+) -> None:
+    """Refuse functions that depend on something traced that is no input: its derivative would be lost.
+
+    Args:
+        owner: who takes them, for messages.
+        functions: what may close over tensors; what is no function is passed over.
+        value: a function of the start and the inputs that has to be constant where both are.
+        init: the start.
+        x: the inputs.
+
+    Raises:
+        EstimatorError: something is closed over; the message names it where it can.
+    """
+    for function in functions:
+        if callable(function) and (name := traced_closure(function)):
+            raise EstimatorError(
+                f"{owner}: a function of it closes over '{name}', which is being differentiated; " + REMEDY.format(name=name)
+            )
+    if torch.is_grad_enabled() and any(map(_diff.traced, _tree.leaves(value(_tree.detach(init), _tree.detach(x))))):
+        raise EstimatorError(
+            f"{owner}: a function of it depends on a tensor that is being differentiated (it requires grad) and that is no "
+            "input; " + REMEDY.format(name="it")
+        )
+
+
+def _is_vector(tree: Tree) -> bool:
+    return all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in _tree.leaves(tree))

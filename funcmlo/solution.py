@@ -1,0 +1,185 @@
+"""A solution as one node of the graph: y* = y*(inputs), whose derivative is a best response.
+
+Two rules make it work under torch.func: everything that is traced comes in as an operand, and the backward pass takes its
+derivatives anew, from the operands and the solution, instead of keeping a graph from the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from funcmlo import _diff, _tree
+from funcmlo._tree import Tree
+from funcmlo.errors import EstimatorError
+from funcmlo.hypergrad.base import BestResponse, Solved, Stats
+from funcmlo.linear.differentiable import NO_FORWARD_MODE
+
+REMEDY = (
+    "hand it in as an input, solve(init, …, {name}), where the loss takes it as an argument; or, if nothing is to be "
+    "differentiated by it, detach it first."
+)
+
+
+@dataclass(frozen=True)
+class SolutionMap:
+    """How a solution is found and what answers for its derivative.
+
+    Attributes:
+        owner: who solves, for messages.
+        response: the estimator.
+        find: `find(constants, init, inputs)` → y*.
+        at: `at(constants, init, inputs, y)` → the solved problem that the estimator sees.
+        tell: receives each product's stats, or None.
+    """
+
+    owner: str
+    response: BestResponse
+    find: Callable[[Tree, Tree, dict[str, Tree]], Tree]
+    at: Callable[[Tree, Tree, dict[str, Tree], Tree], Solved]
+    tell: Callable[[Stats], None] | None = None
+
+    def __call__(self, constants: Tree, init: Tree, inputs: dict[str, Tree]) -> Tree:
+        """Return y*, differentiable by the inputs.
+
+        Args:
+            constants: tensors that nothing is differentiated by.
+            init: where the solver starts; the solution does not depend on it.
+            inputs: the inputs by name.
+
+        Returns:
+            The solution, a tree like what `find` returns.
+
+        Raises:
+            EstimatorError: a traced tensor was closed over.
+            RuntimeError: the solver's own.
+        """
+        leaves, structure = _tree.flatten((constants, init, inputs))
+        call = _Call(self, structure, [])
+        try:
+            found = _Solution.apply(call, *leaves)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            if "INTERNAL ASSERT" not in str(error):
+                raise
+            raise EstimatorError(
+                f"{self.owner}: its loss closes over a tensor that a torch.func transform traces; {REMEDY.format(name='it')}"
+            ) from error
+        return _tree.unflatten(call.found[-1], found)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One solve: the map, how its operands are laid out, and how the solution is."""
+
+    map: SolutionMap
+    structure: Any
+    found: list[Any]
+
+
+class _Solution(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(call: _Call, *operands: Tensor) -> tuple[Tensor, ...]:
+        leaves, structure = _tree.flatten(call.map.find(*_tree.unflatten(call.structure, operands)))
+        call.found.append(structure)
+        return tuple(x.clone() if any(x is y for y in operands) else x for x in leaves)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call = inputs[0]
+        ctx.save_for_backward(*inputs[1:], *output)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        call, saved = ctx.call, ctx.saved_tensors
+        count = call.structure.num_leaves
+        constants, init, inputs = _tree.unflatten(call.structure, saved[:count])
+        y = _tree.unflatten(call.found[-1], saved[count:])
+        products = respond(call.map, call.map.at(constants, init, inputs, y), _tree.unflatten(call.found[-1], cotangents))
+        none = [None] * (count - len(_tree.leaves(inputs)))
+        return (None, *none, *_tree.leaves({name: products[name] for name in inputs}))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        del ctx, tangents
+        raise EstimatorError(NO_FORWARD_MODE)
+
+
+def respond(map: SolutionMap, solved: Solved, cotangent: Tree) -> dict[str, Tree]:
+    """Ask the estimator for its product, inside a backward pass.
+
+    State and stats cannot leave a backward pass, so nothing may be silent: where the linear system met a direction of
+    negative curvature, or its answer is not finite, the cotangents are NaN under a transform and an error outside.
+
+    Args:
+        map: the solution map.
+        solved: the problem at its solution.
+        cotangent: a tree like the solution.
+
+    Returns:
+        The cotangents by input name.
+
+    Raises:
+        EstimatorError: the product failed.
+    """
+    response = map.response
+    products, _, stats = response.vjp(solved, cotangent, response.init(solved.params))
+    if isinstance(stats, Stats):
+        products = _or_nan(map.owner, response, products, stats)
+        if map.tell is not None:
+            map.tell(stats)
+    if not response.claims.differentiable:
+        products = _once(type(response).__name__, products)
+    return products
+
+
+def _or_nan(owner: str, response: BestResponse, products: dict[str, Tree], stats: Stats) -> dict[str, Tree]:
+    """The products; NaN, or an error, where the linear system has no such solution."""
+    if stats.residual is None or stats.negative_curvature is None:
+        return products
+    residual, negative = torch.as_tensor(stats.residual), torch.as_tensor(stats.negative_curvature)
+    failed = negative.to(residual.device) | ~torch.isfinite(residual)
+    if _diff.transforming():
+        masked: dict[str, Tree] = _tree.map(lambda x: torch.where(failed.to(x.device), torch.nan, x), products)
+        return masked
+    if bool(failed):
+        why = "met a direction of zero or negative curvature" if bool(negative) else "did not stay finite"
+        raise EstimatorError(
+            f"{owner}: the linear solve of {response!r} {why}, so the solution is no strict minimum there, or not reached "
+            "yet. Make more inner steps, add damping=, or regularize the loss."
+        )
+    return products
+
+
+class _Once(torch.autograd.Function):
+    """The identity, whose derivative is refused."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, *values: Tensor) -> tuple[Tensor, ...]:
+        del name
+        return tuple(x.clone() for x in values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        del output
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> NoReturn:
+        del cotangents
+        raise EstimatorError(
+            f"{ctx.name} cannot be differentiated again (its claims say differentiable=False), and something asks for that: "
+            "use AID(…) or ITD() at this level, or composition='paths'."
+        )
+
+
+def _once(name: str, tree: Tree) -> Tree:
+    leaves, structure = _tree.flatten(tree)
+    return _tree.unflatten(structure, _Once.apply(name, *leaves))  # type: ignore[no-untyped-call]
