@@ -49,6 +49,14 @@ def traced(x: Tensor) -> bool:
     return True
 
 
+def alive(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors that a backward pass was given, taken out of a level that is over.
+
+    `torch.func.vjp` hands out a function that is called when its level is closed; what was saved there is still wrapped.
+    """
+    return [torch._C._functorch.unwrap_if_dead(x) for x in tensors]
+
+
 def recording(*trees: Tree) -> bool:
     """Say whether what is computed from these trees is going to be differentiated by someone outside.
 

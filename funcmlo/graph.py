@@ -74,7 +74,8 @@ class Graph:
                     u2l.append((source, level.name))
                 else:
                     l2u.append((source, level.name))
-        return cls(tuple(names), tuple(u2l), tuple(l2u), {level.name: _notes(level) for level in levels})
+        lower = {low for _, low in u2l} | {low for low, _ in l2u}
+        return cls(tuple(names), tuple(u2l), tuple(l2u), {level.name: _notes(level, lower) for level in levels})
 
     def paths(self, k: str) -> tuple[tuple[str, ...], ...]:
         """List the paths of level k's hypergradient: one u2l edge from k, then l2u edges to a level that k's cost reads.
@@ -194,11 +195,13 @@ class Graph:
         return self.svg()
 
 
-def _notes(level: Level) -> tuple[str, ...]:
-    """What a level's box says: optimizer, steps, response."""
+def _notes(level: Level, lower: set[str]) -> tuple[str, ...]:
+    """What a level's box says: optimizer, steps, and its response if a level above may ask for it."""
     steps = f"{level.steps} step{'' if level.steps == 1 else 's'}" + (
         f" after {level.warmup} to warm up" if level.warmup else ""
     )
+    if level.name not in lower:
+        return describe(level.optimizer), steps
     if isinstance(level.response, BestResponse):
         responses: tuple[str, ...] = (compact(level.response),)
     else:

@@ -96,11 +96,13 @@ class _Solution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        call, saved = ctx.call, ctx.saved_tensors
+        call, saved = ctx.call, _diff.alive(ctx.saved_tensors)
         count = call.structure.num_leaves
         constants, init, inputs = _tree.unflatten(call.structure, saved[:count])
         y = _tree.unflatten(call.found[-1], saved[count:])
-        products = respond(call.map, call.map.at(constants, init, inputs, y), _tree.unflatten(call.found[-1], cotangents))
+        products = respond(
+            call.map, call.map.at(constants, init, inputs, y), _tree.unflatten(call.found[-1], _diff.alive(cotangents))
+        )
         none = [None] * (count - len(_tree.leaves(inputs)))
         return (None, *none, *_tree.leaves({name: products[name] for name in inputs}))
 

@@ -136,11 +136,11 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        call, saved = ctx.call, ctx.saved_tensors
+        call, saved = ctx.call, _diff.alive(ctx.saved_tensors)
         count = call.structure.num_leaves
         constants, y, x, v = _tree.unflatten(call.structure, saved[:count])
         w = _tree.unflatten(_tree.structure(v), saved[count:])
-        g = _tree.unflatten(_tree.structure(v), cotangents[:-4])
+        g = _tree.unflatten(_tree.structure(v), _diff.alive(cotangents[:-4]))
         system: System = call.system
         other = replace(system, transposed=not system.transposed)
         u = solve(other, constants, y, x, g).value
