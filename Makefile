@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test test-thorough lint clean
+.PHONY: help demo test test-thorough bench lint clean
 
 help:  ## Say what can be made.
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -12,12 +12,15 @@ demo: $(INSTALLED)  ## Clean a noisy real data set by bilevel optimization (unde
 	@echo "==> cleaning scikit-learn's digits, half of whose training labels are made wrong"
 	$(BIN)/python -m paper_repro run hypercleaning --preset cpu --seeds 3 --out results/demo
 
-test: $(INSTALLED)  ## Run the tests and the examples of the docstrings and the README.
+test: $(INSTALLED)  ## Run the tests and the examples of the docstrings and the pages.
 	@echo "==> running the tests (HYPOTHESIS_PROFILE=thorough draws more examples)"
 	$(BIN)/python -m pytest -q
 
 test-thorough: $(INSTALLED)  ## Run the tests with many more random examples, and the slow ones.
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -q --run-slow
+
+bench: $(INSTALLED)  ## Print how the time of a hypergradient grows with the number of levels (seconds).
+	$(BIN)/python -m tests.benchmarks.ladder
 
 lint: $(INSTALLED)  ## Check style, docstrings and types.
 	@echo "==> ruff and mypy"

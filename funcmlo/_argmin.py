@@ -13,7 +13,7 @@ from torchopt.base import GradientTransformation
 from funcmlo import _diff, _tree, operands
 from funcmlo._tree import Tree
 from funcmlo.batches import feeds
-from funcmlo.errors import DefinitionError, EstimatorError
+from funcmlo.errors import BatchError, DefinitionError, EstimatorError
 from funcmlo.hypergrad.base import BestResponse, Closed, Solved
 from funcmlo.hypergrad.itd import ITD
 from funcmlo.level import Level
@@ -105,12 +105,17 @@ class Argmin:
             A tree like init.
 
         Raises:
+            BatchError: a batch came that the loss does not take, or none where it takes one.
             FuncmloError: inputs are missing or too many, or something else is not as expected.
         """
         level, response = self.level, self.level.responses[0]
         x = operands.named("argmin", self.inputs, inputs, named)
         operands.check_init("argmin", init)
         operands.check_batch("argmin", batch)
+        if batch is not None and not (level.takes_batch or level.has_constant_batch):
+            raise BatchError(
+                "argmin: the loss has no argument batch, but one came; leave it out, or name the argument batch."
+            )
         feeds([level], [level.name], {} if batch is None else {level.name: batch}, {level.name: 0}, pure=True)
         differentiable, fixed = operands.split("argmin", x)
         constants, whole = _tree.partition((fixed, None if callable(batch) else batch))

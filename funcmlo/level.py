@@ -264,8 +264,8 @@ class Level:
         for source in call.sources if call else ():
             if source == BUFFERS or source.endswith("_buffers"):
                 raise DefinitionError(f"level '{self.name}': its {what} reads '{source}', but buffers are not carried yet.")
-            if source == BATCH and what != "loss":
-                raise DefinitionError(f"level '{self.name}': its {what} reads a batch; only a loss can.")
+            if source == BATCH and what not in {"loss", "solver"}:
+                raise DefinitionError(f"level '{self.name}': its {what} reads a batch; only a loss or a solver can.")
             if source == self.name:
                 raise DefinitionError(
                     f"level '{self.name}': its {what} reads '{source}', the level itself; its own parameters are the "

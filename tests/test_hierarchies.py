@@ -218,3 +218,14 @@ def test_a_shape_of_graph_never_breaks_a_step(h: Hierarchy, seed: int) -> None:
         assert {name: made.count(name) for name in h.names} == after.step
         for k in h.names:  # what step gives the optimizer first, when every level stands where step begins
             program.hypergradient(state, {}, of=k)
+
+
+def test_three_levels_are_mapped_over_states() -> None:
+    program = Hierarchy(CHAIN, seed=4).program("paths", steps=1)
+    states = [program.init(Hierarchy(CHAIN, seed=4).start(i)) for i in range(3)]
+    stacked = torch.utils._pytree.tree_map(lambda *xs: torch.stack(xs), *states)
+    program.step(states[0], {})  # draws the problem's numbers, which a map must not
+    mapped = torch.vmap(lambda state: program.step(state, {})[0].params)(stacked)
+    for i, state in enumerate(states):
+        alone, _ = program.step(state, {})
+        assert all(close(mapped[name][i], alone.params[name]) for name in alone.params)

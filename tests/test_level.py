@@ -61,7 +61,7 @@ def test_an_optimizer_alone_makes_an_edge() -> None:
 MORE_WRONG = {  # rows for the table of wrong uses
     "an optimizer that takes a batch": (
         lambda: fm.Level("y", lower, lambda batch: SGD),
-        r"its optimizer reads a batch; only a loss can",
+        r"its optimizer reads a batch; only a loss or a solver can",
     ),
     "CG with a negative tolerance": (lambda: fm.CG(3, tol=-1.0), r"tol=-1.0.*not negative"),
     "the other reserved name": (lambda: fm.Level("buffers", lower, SGD), r"'buffers' is reserved"),

@@ -34,6 +34,8 @@ def program(low: Callable = lower, up: Callable = upper, lower_optimizer: object
     return fm.Multilevel(fm.Level("y", low, lower_optimizer, steps=2, **fields), fm.Level("x", up, SGD))
 
 
+ZERO = torch.zeros(2)
+ARGMIN = fm.argmin(lambda y, x: ((y - x) ** 2).sum(), SGD, steps=1, response=fm.AID(fm.CG(3)))
 PARAMS = {"y": torch.zeros(2), "x": torch.ones(2)}
 BATCH = {"y": torch.zeros(2)}
 
@@ -122,7 +124,11 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "buffers": (lambda: level(loss=lambda p, buffers: 0.0), D, r"reads 'buffers', but buffers are not carried yet"),
     "another level's buffers": (lambda: level(loss=lambda p, x_buffers: 0.0), D, r"reads 'x_buffers'.*not carried yet"),
-    "an init that takes a batch": (lambda: level(init=lambda batch: batch), D, r"its init reads a batch; only a loss can"),
+    "an init that takes a batch": (
+        lambda: level(init=lambda batch: batch),
+        D,
+        r"its init reads a batch; only a loss or a solver can",
+    ),
     "an init that is no function": (lambda: level(init=torch.zeros(2)), D, r"init must be a function, but Tensor came"),
     "a project that is no function": (lambda: level(project=1.0), D, r"project must be a function, but float came"),
     "reads= of a number": (lambda: level(reads={"x": 3}), D, r"reads must be a dict.*\{'x': 3\} came"),
@@ -217,6 +223,104 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: fm.Multilevel(level(loss=lambda p: 0.0), composition="exact"),
         D,
         r"composition='exact'; expected 'paths' or 'nested'",
+    ),
+    "an argmin without its inputs": (
+        lambda: ARGMIN(ZERO),
+        P,
+        r"argmin: the inputs 'x' did not come; expected solve\(init, x\)",
+    ),
+    "an argmin with too many inputs": (lambda: ARGMIN(ZERO, ZERO, ZERO), P, r"argmin: 2 inputs came, but 1 are taken \(x\)"),
+    "an argmin with an unknown input": (lambda: ARGMIN(ZERO, xs=ZERO), P, r"no input is called 'xs'; did you mean 'x'\?"),
+    "an argmin with an input twice": (lambda: ARGMIN(ZERO, ZERO, x=ZERO), P, r"input 'x' came twice"),
+    "an argmin from an integer": (lambda: ARGMIN(3, ZERO), P, r"argmin: init is int; expected a tree of floating-point"),
+    "an argmin from integers": (lambda: ARGMIN({"w": ZERO.int()}, ZERO), P, r"init\['w'\] is a tensor of dtype torch.int32"),
+    "an argmin with a batch that none takes": (
+        lambda: ARGMIN(ZERO, ZERO, batch=ZERO),
+        fm.BatchError,
+        r"has no argument batch, but one came",
+    ),
+    "an argmin without its batch": (
+        lambda: fm.argmin(lower, SGD, steps=1, response=fm.ITD())(ZERO, ZERO),
+        fm.BatchError,
+        r"takes a batch, but none came",
+    ),
+    "an argmin with a traced batch": (
+        lambda: fm.argmin(lower, SGD, steps=1, response=fm.ITD())(ZERO, ZERO, batch=ZERO.clone().requires_grad_()),
+        fm.BatchError,
+        r"the batch holds a tensor that is being differentiated, .* hand it in as an input instead",
+    ),
+    "an argmin with a mixed input": (
+        lambda: ARGMIN(ZERO, [ZERO.clone().requires_grad_(), 3]),
+        P,
+        r"input 'x' holds something that is differentiated beside .* as two inputs",
+    ),
+    "an argmin with several responses": (
+        lambda: fm.argmin(lower, SGD, steps=1, response={"x": fm.ITD()}),
+        D,
+        r"argmin takes one response",
+    ),
+    "an argmin of any number of inputs": (
+        lambda: fm.argmin(lambda y, *xs: 0.0, SGD, steps=1, response=fm.ITD()),
+        D,
+        r"its loss takes \*xs, which does not say what it reads",
+    ),
+    "an argmin of a closed form that is not wrapped": (
+        lambda: fm.argmin(lambda y, x: (y * x).sum(), lambda x: x, steps=1, response=fm.AID(fm.CG(3)))(ZERO, ZERO),
+        D,
+        r"its optimizer function returned Tensor; .* wrap an outside solver in fm.Solver",
+    ),
+    "an outside solver that changes the shape": (
+        lambda: fm.argmin(lambda y, x: (y * x).sum(), fm.Solver(lambda y, x: x[:1]), steps=1, response=fm.AID(fm.CG(3)))(
+            ZERO, ZERO
+        ),
+        P,
+        r"what its solver returned and its parameters differ: leaf has shape",
+    ),
+    "a fixed point of a map that changes the shape": (
+        lambda: fm.fixed_point(lambda y, x: x[:1], steps=1, response=fm.ITD())(ZERO, ZERO),
+        P,
+        r"fixed_point: what the map returned and its first argument differ",
+    ),
+    "a fixed point with conjugate gradient": (
+        lambda: fm.fixed_point(lambda y, x: x, steps=1, response=fm.AID(fm.CG(3))),
+        E,
+        r"CG solves symmetric systems, and I − ∂Φ is not symmetric; use AID\(Neumann",
+    ),
+    "a fixed point by finite differences": (
+        lambda: fm.fixed_point(lambda y, x: x, steps=1, response=fm.FiniteDifference()),
+        E,
+        r"FiniteDifference needs a loss, and a fixed point has none",
+    ),
+    "a fixed point of negative steps": (
+        lambda: fm.fixed_point(lambda y: y, steps=-1, response=fm.ITD()),
+        D,
+        r"steps=-1; expected an integer",
+    ),
+    "a fixed point without a response": (lambda: fm.fixed_point(lambda y: y, steps=1, response="cg"), D, r"'cg' is no best"),
+    "a fixed point without iterations": (
+        lambda: fm.fixed_point(lambda y: y, steps=0, response=fm.ITD()),
+        E,
+        r"ITD follows iterations, but steps=0 makes none",
+    ),
+    "a fixed point with a batch that none takes": (
+        lambda: fm.fixed_point(lambda y: y, steps=1, response=fm.ITD())(ZERO, batch=ZERO),
+        P,
+        r"has no argument batch, but one came",
+    ),
+    "a fixed point without its batch": (
+        lambda: fm.fixed_point(lambda y, batch: y, steps=1, response=fm.ITD())(ZERO),
+        P,
+        r"the map takes batch, but none came",
+    ),
+    "starts that read one another": (
+        lambda: fm.Multilevel(
+            fm.Level("a", lambda a, b: 0.0, SGD, init=lambda b: b, response=fm.ITD()),
+            fm.Level("b", lambda b, a, c: 0.0, SGD, init=lambda a: a, response=fm.ITD()),
+            fm.Level("c", lambda c, b: 0.0, SGD),
+            composition="nested",
+        ).init({"c": ZERO}),
+        P,
+        r"no parameters for 'b', 'a', whose init= read one another; pass one of them",
     ),
     "two levels of one name": (lambda: fm.Multilevel(level(), level()), D, r"two levels are called 'y'; names must differ"),
     "an unknown level in a signature": (
