@@ -343,7 +343,8 @@ def test_nothing_is_recorded_where_nothing_is_asked_for() -> None:
 
 
 def test_an_outside_solver_stands_in_for_the_optimizer() -> None:
-    minimize = pytest.importorskip("scipy.optimize").minimize  # scikit-learn brings it
+    minimize = pytest.importorskip("scipy.optimize").minimize
+    ridge_regression = pytest.importorskip("sklearn.linear_model").Ridge
 
     a, c = normal(8, 3, seed=2), normal(8, seed=3)
 
@@ -362,10 +363,14 @@ def test_an_outside_solver_stands_in_for_the_optimizer() -> None:
 
         return torch.as_tensor(minimize(value, y.numpy(), jac=True, tol=1e-14).x)
 
+    def sklearn(y: Tensor, decay: Tensor) -> Tensor:
+        model = ridge_regression(alpha=float(decay.exp()), fit_intercept=False, solver="cholesky")
+        return torch.as_tensor(model.fit(a.numpy(), c.numpy()).coef_)
+
     decay = torch.tensor(0.3).double()
     expected, error = finite_difference(lambda d: torch.sin(closed(None, d)).sum(), decay)
     # scipy stops where the gradient is near √ε, so its solution, and the derivative there, are as far off.
-    for function, relative in ((closed, 1e-9), (scipy, 1e-5)):
+    for function, relative in ((closed, 1e-9), (sklearn, 1e-9), (scipy, 1e-5)):
         solve = fm.argmin(ridge, fm.Solver(function), steps=1, response=fm.AID(fm.CG(5, tol=1e-14)))
 
         def f(decay: Tensor, solve: Callable = solve) -> Tensor:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import funcmlo as fm
-from tests.oracles import assert_agrees, bits, finite_difference, fingerprint
+from tests.oracles import assert_agrees, bits, fingerprint, finite_difference
 from tests.registry import OPTIMIZERS, vector_like
 
 AID = fm.AID(fm.CG(20, tol=1e-14))
@@ -225,8 +225,8 @@ def test_what_nested_does_not_carry_is_refused_by_name() -> None:
     states = torch.utils._pytree.tree_map(lambda x: torch.stack([x, x]), state)
     with pytest.raises(fm.EstimatorError, match=r"cannot be mapped .*map over fm.argmin"):
         torch.vmap(lambda s: program.step(s, {})[0].params["x"])(states)
+    program, state = chain(reads_one, AID, fm.ITD())
     with pytest.raises(fm.EstimatorError, match="ITD differentiates the inner steps, but none were made"):
-        program, state = chain(reads_one, AID, fm.ITD())
         program.hypergradient(state, {}, of="x", solve=False)
 
 
