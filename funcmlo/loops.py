@@ -63,9 +63,12 @@ class Walk:
         """Run an inner loop, with what is due before it: its level's roll-back, and its warm-up."""
         name = loop.level
         level = self.levels[name]
-        self._roll_back(name)
+        made = self._roll_back(name)
         if self.state.step[name] < level.warmup:
             self._loop(whole(loop, level.warmup - self.state.step[name]), "solution")
+            made = True
+        if made:  # so no level below has run since this one's last update
+            loop = whole(loop, loop.steps)
         if level.roll_back:
             self.returning[name] = (loop, self._standing(name), self.state.step[name])
         self._loop(loop, self._requires(name))
@@ -175,14 +178,17 @@ class Walk:
         self.state = replace(self.state, response={**kept, **new})
         return folded
 
-    def _roll_back(self, name: str) -> None:
+    def _roll_back(self, name: str) -> bool:
         """Return a level to where its last inner loop began and make one update there, if that is due."""
         if name not in self.returning:
-            return
+            return False
         loop, standing, step = self.returning.pop(name)
         self.state = replace(self.state, step={**self.state.step, name: step})
         self._put(name, standing)
+        told = self.outcomes[name]
         self._loop(whole(loop, 1), "solution")
+        self.outcomes[name] = told  # the metrics are those of the look-ahead
+        return True
 
     def _requires(self, name: str) -> Requires:
         """What the estimators of the levels above need of a level's inner loop."""

@@ -232,7 +232,8 @@ def test_roll_back_is_a_look_ahead(kind: str) -> None:
         looked, _ = plain.step(state, {"y": iter(source)})
         moved = replace(state, params={**state.params, "x": looked.params["x"]})
         expected, _ = one.step(moved, {"y": iter(source)})
-        after, _ = ahead.step(state, {"y": batches if kind != "iterator" else iter(source)})
+        after, metrics = ahead.step(state, {"y": batches if kind != "iterator" else iter(source)})
+        assert len(metrics["y"]["costs"]) == 3
         assert bits(after.params["x"]) == bits(looked.params["x"])
         assert bits(after.params["y"]) == bits(expected.params["y"])
         assert bits(after.optimizer["y"]) == bits(expected.optimizer["y"])
@@ -245,6 +246,14 @@ def test_roll_back_below_a_level_between() -> None:
     p = program({"a": "b", "b": "ac", "c": "b"}, {"a": {"steps": 3, "roll_back": True}, "b": {"steps": 2}})
     state, _ = p.step(p.init({name: torch.ones(2) for name in "abc"}), {})
     assert state.step == {"a": 2, "b": 2, "c": 1}
+
+
+def test_after_a_warm_up_the_levels_below_run_again() -> None:
+    # c waits for b and a, and b's own wait for a is served by a's loop before c; not so after b has warmed up.
+    p = program({"a": "bc", "b": "ad", "c": "ad", "d": "bc"}, {"b": {"warmup": 1}})
+    assert "".join(p.schedule()) == "acbd"
+    state, _ = p.step(p.init({name: torch.ones(2) for name in "abcd"}), {})
+    assert state.step == {"a": 3, "b": 2, "c": 1, "d": 1}
 
 
 def test_a_start_may_read_a_solution_below() -> None:
