@@ -9,10 +9,11 @@ from pathlib import Path
 
 from funcmlo.errors import FuncmloError
 from paper_repro.data import DataError
+from paper_repro.domains import EXPERIMENT as DOMAINS
 from paper_repro.experiment import Experiment, Request
 from paper_repro.hypercleaning import EXPERIMENT as HYPERCLEANING
 
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (HYPERCLEANING,)}
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (HYPERCLEANING, DOMAINS)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
