@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,9 +12,10 @@ from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from funcmlo import _diff, _tree, operands
+from funcmlo._random import checked_seed
 from funcmlo._tree import Tree
 from funcmlo.batches import feeds
-from funcmlo.errors import BatchError, DefinitionError, EstimatorError
+from funcmlo.errors import BatchError, DefinitionError, EstimatorError, FuncmloWarning, listing
 from funcmlo.hypergrad.base import BestResponse, Closed, Solved
 from funcmlo.hypergrad.itd import ITD
 from funcmlo.level import Level
@@ -46,7 +48,7 @@ def argmin(
             last), or an outside `Solver`.
         steps: the number of updates; with 0, `init` itself is taken as the solution.
         response: how the solution is differentiated; `ITD()` through the steps (and by `init`), others at the solution.
-        project: keeps the parameters in a set after each update.
+        project: keeps the parameters in a set after each update; where it holds a solution back, only `ITD()` knows.
         maximize: whether the loss is maximized.
         seed: where a loss's random draws come from: the same in every call.
 
@@ -76,7 +78,15 @@ def argmin(
             f"argmin: {type(response).__name__} follows inner steps, but steps=0 makes none; use AID(…), which takes init "
             "as the solution."
         )
-    return Argmin(level, seed)
+    unseen = [name for name in level.optimizer_levels if name not in level.cost_levels]
+    if unseen and response.requires == "solution" and not level.has_solver:
+        warnings.warn(
+            f"argmin: {type(response).__name__} looks at the solution alone, so the derivative by what only the optimizer "
+            f"reads ({listing(unseen)}) is zero; use ITD(), which follows the inner steps.",
+            FuncmloWarning,
+            stacklevel=2,
+        )
+    return Argmin(level, checked_seed("argmin", seed))
 
 
 @dataclass(frozen=True)
@@ -108,37 +118,62 @@ class Argmin:
             BatchError: a batch came that the loss does not take, or none where it takes one.
             FuncmloError: inputs are missing or too many, or something else is not as expected.
         """
-        level, response = self.level, self.level.responses[0]
+        level = self.level
+        if not level.has_solver:
+            operands.check_mode("argmin")
         x = operands.named("argmin", self.inputs, inputs, named)
         operands.check_init("argmin", init)
-        operands.check_batch("argmin", batch)
         if batch is not None and not (level.takes_batch or level.has_constant_batch):
             raise BatchError(
                 "argmin: the loss has no argument batch, but one came; leave it out, or name the argument batch."
             )
         feeds([level], [level.name], {} if batch is None else {level.name: batch}, {level.name: 0}, pure=True)
+        with operands.reading("argmin", init, x):
+            return self._solve(init, x, batch)
+
+    def _solve(self, init: Tree, x: dict[str, Tree], batch: Any) -> Tree:
+        level, response = self.level, self.level.responses[0]
         differentiable, fixed = operands.split("argmin", x)
         constants, whole = _tree.partition((fixed, None if callable(batch) else batch))
 
         def bind(constants: list[Tensor]) -> Problem:
             """The problem with its constants, which are operands of whatever is differentiated."""
             fixed, data = whole(constants)
-            feed = batch if callable(batch) else lambda t: data
+
+            def feed(t: int) -> Any:
+                return operands.constant_batch("argmin", batch(t) if callable(batch) else data)
+
             return Problem(level, feed, self.seed, 0, fixed)
 
-        functions = [level.loss, level.optimizer, level.project]
-        operands.check_closures("argmin", functions, lambda y, x: bind(constants).cost(y, x, 0)[0], init, differentiable)
+        operands.constant_batch("argmin", None if callable(batch) else batch)
+        functions = [level.loss, level.optimizer, getattr(level.optimizer, "function", None), level.project]
+        operands.check_closures("argmin", functions, lambda y, x: _dependent(bind(constants), y, x), init, differentiable)
         if isinstance(response, ITD):
             return _unrolled(bind(constants), init, differentiable)
 
-        def find(constants: list[Tensor], init: Tree, x: dict[str, Tree]) -> Tree:
-            problem = bind(constants)
+        def find(kept: tuple[list[Tensor], Tree], init: Tree, x: dict[str, Tree]) -> Tree:
+            problem = bind(kept[0])
             return run(problem, (init, problem.optimizer(x).init(init)), x, level.steps).solved.params
 
+        start = _tree.detach(init)
         if not _diff.recording(differentiable):
-            return find(constants, _tree.detach(init), differentiable)
+            return find((constants, None), start, differentiable)
+        # The start is kept for those estimators alone that make the steps again.
+        kept = constants, None if response.requires == "solution" else _tree.map(torch.clone, start)
         solution = SolutionMap("argmin", response, find, lambda *given: _solved(bind, response, *given))
-        return solution(constants, _tree.detach(init), differentiable)
+        return solution(kept, start, differentiable)
+
+
+def _dependent(problem: Problem, y: Tree, x: dict[str, Tree]) -> Tree:
+    """Values that are traced if the loss, the projection or the optimizer depends on something traced."""
+    values = [problem.cost(y, x, 0)[0]]
+    level = problem.level
+    if level.project is not None:
+        values.append(level.project(y))
+    if level.optimizer_is_made:
+        optimizer = problem.optimizer(x)
+        values.append(optimizer.update(_tree.zeros_like(y), optimizer.init(y), params=y, inplace=False)[0])
+    return values
 
 
 def _unrolled(problem: Problem, init: Tree, x: dict[str, Tree]) -> Tree:
@@ -153,12 +188,12 @@ def _unrolled(problem: Problem, init: Tree, x: dict[str, Tree]) -> Tree:
 def _solved(
     bind: Callable[[list[Tensor]], Problem],
     response: BestResponse,
-    constants: list[Tensor],
-    init: Tree,
+    kept: tuple[list[Tensor], Tree],
     x: dict[str, Tree],
     y: Tree,
 ) -> Solved:
     """The problem at its solution, everything that may be traced laid open."""
+    constants, init = kept[0], y if kept[1] is None else kept[1]
     problem = bind(constants)
     steps = problem.level.steps
     standing = init, problem.optimizer(x).init(init)

@@ -69,7 +69,7 @@ def fixed_point(map: Callable[..., Tree], *, steps: int, response: BestResponse,
         raise EstimatorError(
             f"fixed_point: {type(response).__name__} follows iterations, but steps=0 makes none; use AID(…)."
         )
-    return FixedPoint(call, int(steps), response, seed)
+    return FixedPoint(call, int(steps), response, _random.checked_seed("fixed_point", seed))
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,16 @@ class FixedPoint:
         owner = "fixed_point"
         x = operands.named(owner, self.map.levels, inputs, named)
         operands.check_init(owner, init)
-        operands.check_batch(owner, batch)
+        operands.constant_batch(owner, batch)
         if (BATCH in self.map.sources) != (batch is not None):
             raise ParameterError(
                 f"{owner}: the map {'takes' if batch is None else 'has no argument'} batch, but "
                 f"{'none came: pass batch=…' if batch is None else 'one came; leave it out'}."
             )
+        with operands.reading(owner, init, x):
+            return self._solve(owner, init, x, batch)
+
+    def _solve(self, owner: str, init: Tree, x: dict[str, Tree], batch: Any) -> Tree:
         differentiable, fixed = operands.split(owner, x)
         constants, whole = _tree.partition((fixed, batch))
 
@@ -136,17 +140,17 @@ class FixedPoint:
             y = phi(constants, y, x)
         return y
 
-    def _solved(self, phi: Phi, constants: list[Tensor], init: Tree, x: dict[str, Tree], y: Tree) -> Solved:
+    def _solved(self, phi: Phi, constants: list[Tensor], x: dict[str, Tree], y: Tree) -> Solved:
         """The fixed point as estimators see it: the condition y − Φ(y, x) = 0."""
         return Solved(
             params=y,
             opt_state=(),
             inputs=x,
-            init=(init, ()),
+            init=(y, ()),
             steps=self.steps,
             loss=_no_loss,
             update=lambda at, state, x, t: (phi(constants, at, x), state),
-            start=lambda x: (init, ()),
+            start=lambda x: (y, ()),
             optimizer=STATELESS,
             condition=Closed(lambda c, at, x: _tree.subtract(at, phi(c, at, x)), constants),
         )

@@ -8,16 +8,39 @@ state is saved and restored by hand because `torch.random.fork_rng` costs about 
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+from funcmlo.errors import ParameterError
 
 
 def step_seed(seed: int, level: str, step: int) -> int:
     """Return the seed of a level's step, the same on every machine and in every process."""
     digest = hashlib.blake2b(f"{seed}/{level}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def checked_seed(owner: str, seed: Any) -> int:
+    """Return a seed as an integer.
+
+    Args:
+        owner: who takes it, for the message.
+        seed: what the user gave.
+
+    Returns:
+        The integer.
+
+    Raises:
+        ParameterError: it is none.
+    """
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise ParameterError(f"{owner}: seed={seed!r}; expected an integer.") from None
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import Tensor
@@ -29,15 +31,41 @@ def traced_closure(function: Callable[..., Any]) -> str | None:
 
 def _tensors(function: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
     if isinstance(function, functools.partial):
-        yield from _within("a bound argument", [function.args, function.keywords], depth)
+        yield from _within("an argument bound by partial", function.args, depth)
+        for name, value in function.keywords.items():
+            yield from _within(name, value, depth)
         yield from _tensors(function.func, depth)
     elif inspect.ismethod(function):
         yield from _tensors(function.__func__, depth)
     elif inspect.isfunction(function):
-        held = inspect.getclosurevars(function)
-        defaults = {p.name: p.default for p in inspect.signature(function, follow_wrapped=False).parameters.values()}
-        for name, value in {**held.globals, **held.nonlocals, **defaults}.items():
+        for name, value in {**_globals(function), **_cells(function), **_defaults(function)}.items():
             yield from _within(name, value, depth)
+
+
+def _globals(function: FunctionType) -> dict[str, Any]:
+    """The globals that a function, or one that is defined in it, really loads (an attribute's name is none)."""
+    names: set[str] = set()
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        names |= {str(step.argval) for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return {name: function.__globals__[name] for name in names if name in function.__globals__}
+
+
+def _cells(function: FunctionType) -> dict[str, Any]:
+    """What a function closes over; a cell may still be empty."""
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            found[name] = cell.cell_contents
+        except ValueError:
+            continue
+    return found
+
+
+def _defaults(function: FunctionType) -> dict[str, Any]:
+    return {p.name: p.default for p in inspect.signature(function, follow_wrapped=False).parameters.values()}
 
 
 def _within(name: str, value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:

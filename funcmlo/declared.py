@@ -71,7 +71,7 @@ def _check_responses(name: str, response: Mapping[str, object], graph: Graph, us
     for upper in response:
         if upper not in graph.levels:
             raise DefinitionError(
-                f"level '{name}': its response= names '{upper}', which is no level{suggest(upper, graph.levels)} "
+                f"level '{name}': its response= names {upper!r}, which is no level{suggest(str(upper), graph.levels)} "
                 f"Levels: {listing(graph.levels)}."
             )
         if upper not in users:

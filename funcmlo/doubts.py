@@ -19,13 +19,18 @@ def doubts(levels: Sequence[Level], graph: Graph) -> list[str]:
     Returns:
         A sentence for each doubt.
     """
+    pathless = [name for name in graph.tops if graph.below(name) and not graph.responding(name)]
     found = [
         f"no path leads from level '{name}' through a level below it back to its cost, so its hypergradient is its direct "
         f"gradient alone. Its graph:\n{graph}"
+        for name in pathless
+    ]
+    read = {source for source, _ in (*graph.u2l, *graph.l2u)}
+    told = {lower for name in pathless for lower in graph.below(name)}
+    found += [
+        f"level '{name}': no level reads it, so nothing comes of it. Its graph:\n{graph}"
         for name in graph.levels
-        # A level that only reads solutions is a stage of a pipeline, and one without edges stands alone; both may be meant.
-        if not graph.responding(name)
-        and (any(upper == name for upper, _ in graph.u2l) or (name in graph.tops and graph.below(name)))
+        if name not in read and name not in told and name not in graph.tops
     ]
     for level in levels:
         # An optimizer's settings leave a converged solution where it is. So does a start, and is meant to where the

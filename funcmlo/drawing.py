@@ -1,9 +1,4 @@
-"""Drawings of a dataflow graph: SVG for notebooks, Graphviz and Mermaid source, text for a terminal.
-
-The SVG has rows, as Sugiyama, Tagawa and Toda 1981 draw a hierarchy: a level stands one row above the highest of the
-levels below that it exchanges something with. Where an edge passes a row it has a lane there, as if it were a narrow
-box, so it never runs through a level. Each row is sorted by the mean places of its neighbours, and then spread.
-"""
+"""Drawings of a dataflow graph: SVG for notebooks, Graphviz and Mermaid source, text for a terminal."""
 
 from __future__ import annotations
 
@@ -11,17 +6,11 @@ import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from html import escape
-from itertools import accumulate, combinations, pairwise
-from statistics import fmean
+from itertools import pairwise
 
 from funcmlo.errors import listing
+from funcmlo.layout import Chains, Edge, Links, Node, places, rows_of, spread
 
-Edge = tuple[str, str]
-Links = dict[Edge, list[str]]  # the kinds of the edges between a lower and an upper level
-Node = str | tuple[str, str, int]  # a level; or, in a row between two levels, the lane of their edges
-Rows = list[list[Node]]  # from the lowest, each from left to right
-Chains = dict[Edge, list[Node]]  # a lower level, the lanes on the way up, and an upper level
-Near = dict[Node, dict[Node, float]]  # how strongly the nodes of neighbouring rows pull at a node, and it at its place
 Notes = Mapping[str, Sequence[str]]
 
 _COLOURS = {"l2u": "#1a7f37", "u2l": "#cf222e"}
@@ -51,10 +40,10 @@ def svg(levels: Sequence[str], u2l: Sequence[Edge], l2u: Sequence[Edge], notes: 
         (2, 1, 0)
     """
     lines, links = _lines(levels, notes), _links(u2l, l2u)
-    rows, chains, near = _rows(levels, links)
+    rows, chains, near = rows_of(levels, links)
     rank = {node: i for i, row in enumerate(rows) for node in row}
     width = {node: _width(node, lines, links) for node in rank}
-    x = _places(rows, near, width)
+    x = places(rows, near, width, _GAP)
     tracks = _tracks(links, chains, x, width)
     spans, y = [], 0.0  # each row's bottom and top; a picture's y points downwards
     for row in rows:
@@ -171,61 +160,6 @@ def _links(u2l: Sequence[Edge], l2u: Sequence[Edge]) -> Links:
     return links
 
 
-def _rows(levels: Sequence[str], links: Links) -> tuple[Rows, Chains, Near]:
-    """Put the levels, and the lanes of their edges, into rows in which few edges cross."""
-    rank: dict[str, int] = {}
-    for name in levels:
-        rank[name] = 1 + max((rank[lower] for lower, upper in links if upper == name), default=-1)
-    chains: Chains = {(a, b): [a, *((a, b, row) for row in range(rank[a] + 1, rank[b])), b] for a, b in links}
-    rows: Rows = [[name for name in levels if rank[name] == row] for row in range(max(rank.values(), default=-1) + 1)]
-    for lane in (node for chain in chains.values() for node in chain if not isinstance(node, str)):
-        rows[lane[2]].append(lane)
-    near: Near = {node: {node: 0.1} for row in rows for node in row}
-    for a, b in (pair for chain in chains.values() for pair in pairwise(chain)):
-        near[a][b] = near[b][a] = (8.0, 2.0, 1.0)[isinstance(a, str) + isinstance(b, str)]  # bends within edges look worst
-
-    def crossings(rows: Rows) -> int:
-        place = {node: i for row in rows for i, node in enumerate(row)}
-        pairs = [(pair, upper) for lower, upper in pairwise(rows) for pair in combinations(lower, 2)]
-        return sum(place[c] > place[d] for (a, b), row in pairs for c in near[a] if c in row for d in near[b] if d in row)
-
-    orders = [[list(row) for row in rows]]
-    for sweep in range(24):
-        for fixed, row in pairwise(rows[:: -1 if sweep % 2 else 1]):
-            place = {node: float(i) for i, node in enumerate(fixed)}
-            mean = {n: fmean([place[m] for m in near[n] if m in place] or [i]) for i, n in enumerate(row)}
-            row.sort(key=mean.__getitem__)
-        orders.append([list(row) for row in rows])
-    return min(orders, key=crossings), chains, near
-
-
-def _places(rows: Rows, near: Near, width: Mapping[Node, float]) -> dict[Node, float]:
-    """Find the centre of each node: the least-squares compromise between its neighbours, some distance apart."""
-    x = {node: float(i) for row in rows for i, node in enumerate(row)}
-    for sweep in range(100):
-        for row in rows[:: -1 if sweep % 2 else 1]:
-            apart = [(width[a] + width[b]) / 2 + _GAP for a, b in pairwise(row)]
-            weights = [sum(near[node].values()) for node in row]
-            wanted = [sum(w * x[m] for m, w in near[n].items()) / weight for n, weight in zip(row, weights, strict=True)]
-            x.update(zip(row, _spread(wanted, weights, apart), strict=True))
-    return x
-
-
-def _spread(wanted: Sequence[float], weights: Sequence[float], apart: Sequence[float]) -> list[float]:
-    """Move the wanted places as little as possible until neighbours are `apart`: isotonic regression."""
-    offsets = list(accumulate(apart, initial=0.0))
-    pools: list[tuple[float, float, int]] = []  # mean, weight and count of places that move together
-    for place, weight, offset in zip(wanted, weights, offsets, strict=True):
-        mean, count = place - offset, 1
-        while pools and pools[-1][0] > mean:
-            other, heavy, more = pools.pop()
-            mean = (mean * weight + other * heavy) / (weight + heavy)
-            weight, count = weight + heavy, count + more
-        pools.append((mean, weight, count))
-    means = [mean for mean, _, count in pools for _ in range(count)]
-    return [mean + offset for mean, offset in zip(means, offsets, strict=True)]
-
-
 def _tracks(
     links: Links, chains: Chains, x: Mapping[Node, float], width: Mapping[Node, float]
 ) -> dict[tuple[Edge, str], list[float]]:
@@ -245,8 +179,8 @@ def _tracks(
             wanted = [(track[end] + track[-2 if end else 1]) / 2 for track in edges]
             wanted = [x[box] - width[box] / 2, *wanted, x[box] + width[box] / 2]
             apart = [_PAD, *[_PORT] * (len(edges) - 1), _PAD]
-            places = _spread(wanted, [1e6, *[1.0] * len(edges), 1e6], apart)
-            for track, place in zip(edges, places[1:-1], strict=True):
+            moved = spread(wanted, [1e6, *[1.0] * len(edges), 1e6], apart)
+            for track, place in zip(edges, moved[1:-1], strict=True):
                 track[end] = place
     return tracks
 

@@ -72,11 +72,14 @@ def closure(start: set[str], edges: Sequence[Edge], within: set[str]) -> set[str
     Returns:
         The names reached.
     """
+    onward: dict[str, list[str]] = {}
+    for origin, to in edges:
+        onward.setdefault(origin, []).append(to)
     found = start & within
     frontier = list(found)
     while frontier:
-        name = frontier.pop()
-        new = {to for origin, to in edges if origin == name} & within - found
-        found |= new
-        frontier.extend(new)
+        for name in onward.get(frontier.pop(), ()):
+            if name in within and name not in found:
+                found.add(name)
+                frontier.append(name)
     return found

@@ -146,8 +146,19 @@ class Graph:
         self.check(k)
         return exactness(self.levels, self.u2l, self.l2u, k)
 
+    def __post_init__(self) -> None:
+        """Refuse edges that lead nowhere or the wrong way."""
+        order = {name: i for i, name in enumerate(self.levels)}
+        for lower, upper in [*self.l2u, *((low, up) for up, low in self.u2l)]:
+            if lower not in order or upper not in order or order[lower] >= order[upper]:
+                raise DefinitionError(
+                    f"an edge between '{lower}' (lower) and '{upper}' (upper) does not fit the levels "
+                    f"{listing(self.levels)}, lowest first; u2l edges are (upper, lower), l2u edges (lower, upper)."
+                )
+
     def below(self, k: str) -> tuple[str, ...]:
         """Return the lower levels that level k reads or is read by, lowest first."""
+        self.check(k)
         linked = {lower for upper, lower in self.u2l if upper == k} | {lower for lower, upper in self.l2u if upper == k}
         return tuple(name for name in self.levels if name in linked)
 
@@ -159,6 +170,7 @@ class Graph:
 
     def users(self, name: str) -> tuple[str, ...]:
         """Return the levels whose hypergradient runs through a level's best response, lowest first."""
+        self.check(name)
         return tuple(k for k in self.levels if name in self.responding(k))
 
     def check(self, name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,10 +47,7 @@ def first_state(
             raise ParameterError(
                 f"init got parameters for '{name}', which is no level{suggest(name, names)} Levels: {listing(names)}."
             )
-    try:
-        seed = operator.index(seed)
-    except TypeError:
-        raise ParameterError(f"seed={seed!r}; expected an integer.") from None
+    seed = _random.checked_seed("init", seed)
 
     own: dict[str, Tree] = {}
     for level in levels:

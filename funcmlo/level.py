@@ -15,7 +15,7 @@ from funcmlo._tree import Tree
 from funcmlo.errors import DefinitionError
 from funcmlo.hypergrad.base import BestResponse
 from funcmlo.hypergrad.finite_difference import FiniteDifference
-from funcmlo.signature import BATCH, BUFFERS, Call, read_call
+from funcmlo.signature import BATCH, BUFFERS, Call, declared_in, read_call
 from funcmlo.solver import STATELESS, Solver
 
 
@@ -90,7 +90,9 @@ class Level:
         object.__setattr__(self, "_start", start)
         factory = solver = mended = None
         if isinstance(self.optimizer, Solver):
-            solver, mended = read_call(self.optimizer.function, None, owner=f"{owner} solver", own=True)[0], STATELESS
+            function = self.optimizer.function
+            solver = read_call(function, declared_in(function, self.reads), owner=f"{owner} solver", own=True)[0]
+            mended = STATELESS
         elif _is_transformation(self.optimizer):
             mended = optim.mend(self.optimizer)
         else:
@@ -141,6 +143,11 @@ class Level:
     def responses(self) -> tuple[BestResponse, ...]:
         """The estimators through which the levels above differentiate."""
         return (self.response,) if isinstance(self.response, BestResponse) else tuple(self.response.values())
+
+    @property
+    def optimizer_is_made(self) -> bool:
+        """Whether the optimizer comes from a function, with what that function reads."""
+        return self._factory is not None
 
     @property
     def has_solver(self) -> bool:
@@ -202,7 +209,9 @@ class Level:
                 f"level '{name}': {kind} keeps its state inside itself; expected a functional optimizer, such as "
                 f"torchopt.{kind.removeprefix('Meta').lower()}(lr)."
             )
-        origin = getattr(self.optimizer, "__module__", "").partition(".")[0]
+        origin = (getattr(self.optimizer, "__module__", None) or "").partition(".")[0]
+        if self.optimizer is Solver:
+            raise DefinitionError(f"level '{name}': optimizer=Solver is not called; expected fm.Solver(function).")
         if not _is_transformation(self.optimizer) and origin in {"torch", "torchopt"}:
             raise DefinitionError(
                 f"level '{name}': optimizer={getattr(self.optimizer, '__name__', self.optimizer)!r} is not called; expected "

@@ -63,11 +63,10 @@ class Walk:
         """Run an inner loop, with what is due before it: its level's roll-back, and its warm-up."""
         name = loop.level
         level = self.levels[name]
-        made = self._roll_back(name)
+        if self._roll_back(name):
+            loop = whole(loop, loop.steps)  # no level below has run since this one's last update
         if self.state.step[name] < level.warmup:
-            self._loop(whole(loop, level.warmup - self.state.step[name]), "solution")
-            made = True
-        if made:  # so no level below has run since this one's last update
+            self._loop(replace(loop, steps=level.warmup - self.state.step[name]), "solution")
             loop = whole(loop, loop.steps)
         if level.roll_back:
             self.returning[name] = (loop, self._standing(name), self.state.step[name])
@@ -93,11 +92,11 @@ class Walk:
         Returns:
             The total gradient.
         """
-        if loop is not None and loop.begins_before:
+        if loop is not None and loop.steps and loop.begins_before:
             self.begin(name)
         for inner in loop.first if loop is not None else ():
             self.run(inner)
-        if loop is not None and not loop.begins_before:
+        if loop is not None and loop.steps and not loop.begins_before:
             self.begin(name)
         for lower in solved if loop is None else ():
             self.solved[lower] = unroll.run(self.problem(lower), self._standing(lower), self._inputs(lower), 0).solved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, get_args
 
 import torch
@@ -67,10 +68,12 @@ class Multilevel:
         names = self.graph.levels
         self._needs = dependence(self.graph)
         nested = composition == "nested"
-        by_composition = {"paths": self.graph.users, "nested": self._needs.users}
-        self._users = {name: by_composition[composition](name) for name in names}
+        responding = {k: self.graph.responding(k) for k in names}
+        by_paths = {name: tuple(k for k in names if name in responding[k]) for name in names}
+        by_nesting = {name: self._needs.users(name) for name in names}
+        self._users = by_nesting if nested else by_paths
         # A state serves both compositions, so it has room for the estimators of either.
-        self._keepers = {name: tuple({k: k for users in by_composition.values() for k in users(name)}) for name in names}
+        self._keepers = {name: tuple(k for k in names if k in (*by_paths[name], *by_nesting[name])) for name in names}
         check_levels(levels, self.graph, self._users)
         if nested:
             check_nested(levels, self._needs)
@@ -124,7 +127,7 @@ class Multilevel:
                 is no longer finite. The state that came in is still good.
         """
         work = self._begin(self.graph.levels, state, batches, pure=False)
-        with untouched(state), torch.no_grad():
+        with _unchanged(state), torch.no_grad():
             for loop in self._schedule.tops:
                 work.run(loop)
             if isinstance(work, Walk):
@@ -156,13 +159,13 @@ class Multilevel:
         before, own = self._schedule.before(of) if solve else ((), Loop(of, 1))
         solved = [name for name in self.graph.levels if of in self._users[name]]
         loops = [item for item in (*before, *own.first) if isinstance(item, Loop)]
-        running = {of, *solved}.union(*(loop.order() for loop in loops))
+        running = {of, *solved}.union(*(loop.levels() for loop in loops))
         work = self._begin(running, state, batches, pure=True, solve=solve)
-        with untouched(state), torch.no_grad():
+        with _unchanged(state), torch.no_grad():
             for item in before:
                 work.begin(item) if isinstance(item, str) else work.run(item)
             if isinstance(work, Nest):
-                folded = work.hypergradient(of, begin=solve)
+                folded = work.hypergradient(of, begin=solve and own.steps > 0)
             else:
                 folded = work.hypergradient(of, own if solve else None, solved)
         finite.check(work.events)
@@ -215,6 +218,10 @@ class Multilevel:
         if outcome.folded is not None:
             metrics |= {"gradient_norm": _tree.norm(outcome.folded.gradient), "stats": outcome.folded.plain_stats()}
         return metrics
+
+
+def _unchanged(state: State) -> AbstractContextManager[None]:
+    return untouched({f"the parameters of level '{name}' were": tree for name, tree in state.params.items()})
 
 
 def _highest_first(order: Sequence[str], names: Collection[str]) -> tuple[str, ...]:

@@ -121,18 +121,23 @@ class Nest:
     ) -> tuple[Tree, State]:
         """A level's solution as a function of the levels above it, and the state after its loop."""
         above = {parent: values.get(parent, state.params[parent]) for parent in self.needs.parents[name]}
-        response = None if user is None else self.levels[name].response_for(user)
-        differentiated = response is not None and _diff.recording(above)
-        if differentiated and isinstance(response, ITD):
-            if not self.solve or not self.levels[name].steps:
+        level = self.levels[name]
+        if user is None:  # nothing is read of it now, but where ITD's next loop begins follows from this one
+            response: BestResponse | None = next(
+                (r for r in level.responses if isinstance(r, ITD) and self.solve and level.steps), None
+            )
+        else:
+            response = level.response_for(user)
+        if isinstance(response, ITD) and _diff.recording(values):  # the loops inside it may follow from more than it does
+            if not self.solve or not level.steps:
                 raise EstimatorError(NO_STEPS)
-            return self._loop(name, above, state)
+            return self._loop(name, values, state)
         if known is None:
             with torch.no_grad():
-                y, state = self._loop(name, _tree.detach(above), state)
+                y, state = self._loop(name, _tree.detach(values), state)
         else:
             y, state = known.params[name], known
-        if response is None or not differentiated:
+        if response is None or not _diff.recording(above):
             return y, state
         return self._attached(name, response, y, above, state), state
 
@@ -155,8 +160,8 @@ class Nest:
             finally:
                 self._again = outer
 
-        def at(constants: Tree, init: Tree, x: Values, y: Tree) -> Solved:
-            del constants, init
+        def at(constants: Tree, x: Values, y: Tree) -> Solved:
+            del constants
             standing = y, state.optimizer[name]
             solved = hand_over(self._problem(name, state), standing, standing, standing, [], x)
             return replace(solved, loss=total)
@@ -174,7 +179,7 @@ class Nest:
         warming = max(0, level.warmup - first) if self.solve and not self._again else 0
         if steps:
             state = self._begun(name, values, state)
-        elif self.solve:  # solved where it stands, so that the levels below are solved there
+        elif self.solve and not warming:  # solved where it stands, so that the levels below are solved there
             here = {**values, name: state.params[name]}
             for lower in self.below[name]:
                 here[lower], state = self._solution(lower, None, here, state, None)

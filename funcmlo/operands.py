@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from funcmlo import _diff, _tree
 from funcmlo._tree import Tree
 from funcmlo.closures import traced_closure
 from funcmlo.errors import BatchError, EstimatorError, ParameterError, listing, suggest
+from funcmlo.purity import untouched
 from funcmlo.solution import REMEDY
 
 
@@ -49,6 +51,34 @@ def named(owner: str, names: Sequence[str], inputs: Sequence[Tree], by_name: dic
     return {name: x[name] for name in names}
 
 
+def check_mode(owner: str) -> None:
+    """Raise in inference mode, where no gradient can be taken and a solver would stand still.
+
+    Args:
+        owner: who is called, for messages.
+
+    Raises:
+        EstimatorError: `torch.inference_mode` is on.
+    """
+    if torch.is_inference_mode_enabled():
+        raise EstimatorError(f"{owner} takes gradients, which torch.inference_mode forbids; use torch.no_grad, or nothing.")
+
+
+def reading(owner: str, init: Tree, x: dict[str, Tree]) -> AbstractContextManager[None]:
+    """Return a context that raises if what it runs writes to the start or to an input.
+
+    Args:
+        owner: who reads them, for messages.
+        init: the start.
+        x: the inputs.
+
+    Returns:
+        The context.
+    """
+    named = {f"{owner}: its init was": init, **{f"{owner}: its input '{name}' was": tree for name, tree in x.items()}}
+    return untouched(named, "The tensor that was handed in now holds the changed numbers.")
+
+
 def check_init(owner: str, init: Tree) -> None:
     """Raise unless the start is a tree of floating-point tensors.
 
@@ -65,12 +95,15 @@ def check_init(owner: str, init: Tree) -> None:
             raise ParameterError(f"{owner}: init{path} is {came}; expected a tree of floating-point tensors.")
 
 
-def check_batch(owner: str, batch: Any) -> None:
-    """Raise if a batch is being differentiated: it is constant, so the derivative would be lost.
+def constant_batch(owner: str, batch: Any) -> Any:
+    """Return a batch, unless it is being differentiated: it is constant, so the derivative would be lost.
 
     Args:
         owner: who takes it, for messages.
         batch: what came.
+
+    Returns:
+        The batch.
 
     Raises:
         BatchError: a tensor of it is traced.
@@ -80,6 +113,7 @@ def check_batch(owner: str, batch: Any) -> None:
             f"{owner}: the batch holds a tensor that is being differentiated, but a batch is constant; hand it in as an "
             "input instead, solve(init, …, data), or detach it."
         )
+    return batch
 
 
 def split(owner: str, x: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Tree]]:

@@ -14,7 +14,7 @@ from torchopt.base import GradientTransformation
 from funcmlo import _diff, _random, _tree, optim
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed
-from funcmlo.errors import FuncmloWarning, LossError, ParameterError
+from funcmlo.errors import EstimatorError, FuncmloWarning, LossError, ParameterError
 from funcmlo.level import Level
 
 
@@ -87,15 +87,22 @@ class Problem:
 
     def _solve(self, params: Tree, opt_state: Tree, inputs: dict[str, Tree], t: int) -> tuple[Tree, Tree, Tensor, Any]:
         """Let the outside solver make the step."""
+        batch = self.feed(self.first + t)
         with torch.no_grad(), _random.seeded(self._seed_of("solver", t)):
-            found = self.level.solution(
-                _tree.detach(params), {**self.fixed, **_tree.detach(dict(inputs))}, self.feed(self.first + t)
-            )
-        if difference := _tree.mismatch(params, found):
-            raise ParameterError(
-                f"level '{self.level.name}': what its solver returned and its parameters differ: {difference}."
-            )
-        found = _tree.detach(found)
+            try:  # on copies, because what leaves torch may be written to unseen
+                found = _diff.call_outside(self.level.solution, params, {**self.fixed, **inputs}, batch)
+            except RuntimeError as error:
+                if not _diff.transforming() or "data pointer" not in str(error):
+                    raise
+                raise EstimatorError(
+                    f"level '{self.level.name}': its solver leaves torch, which torch.func.vmap cannot map; call it in "
+                    "a loop."
+                ) from error
+            if difference := _tree.mismatch(params, found):
+                raise ParameterError(
+                    f"level '{self.level.name}': what its solver returned and its parameters differ: {difference}."
+                )
+            found = self._projected(_tree.detach(found), t)
         return found, opt_state, *self.cost(found, inputs, t)
 
     def apply(self, params: Tree, opt_state: Tree, inputs: dict[str, Tree], gradient: Tree, t: int = 0) -> tuple[Tree, Tree]:
@@ -116,16 +123,19 @@ class Problem:
         """
         optimizer = self.optimizer(inputs)
         updates, opt_state = optimizer.update(gradient, opt_state, params=params, inplace=False)
-        new = optim.apply(params, updates)
-        if self.level.project is not None:
-            with _random.seeded(self._seed_of("project", t)):
-                projected = self.level.project(new)
-            if difference := _tree.mismatch(new, projected):
-                raise ParameterError(
-                    f"level '{self.level.name}': what project= returns and its parameters differ: {difference}."
-                )
-            new = projected
-        return new, opt_state
+        return self._projected(optim.apply(params, updates), t), opt_state
+
+    def _projected(self, params: Tree, t: int) -> Tree:
+        """The parameters kept in the level's set."""
+        if self.level.project is None:
+            return params
+        with _random.seeded(self._seed_of("project", t)):
+            projected = self.level.project(params)
+        if difference := _tree.mismatch(params, projected):
+            raise ParameterError(
+                f"level '{self.level.name}': what project= returns and its parameters differ: {difference}."
+            )
+        return projected
 
     def start(self, inputs: dict[str, Tree], params: Tree, opt_state: Tree) -> tuple[Tree, Tree]:
         """Return where the inner loop begins: where the level stands, or where its `init` says.

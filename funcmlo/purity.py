@@ -1,46 +1,46 @@
-"""Purity, held: what a state holds is not written to."""
+"""Purity, held: what comes in is not written to."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from funcmlo import _diff, _tree
+from funcmlo._tree import Tree
 from funcmlo.errors import LossError, listing
-from funcmlo.state import State
 
 
 @contextmanager
-def untouched(state: State) -> Generator[None]:
-    """Run a block and raise if it wrote to a tensor of the state, as told by the version counters.
+def untouched(
+    trees: Mapping[str, Tree], remedy: str = "The state that came in now holds the changed numbers."
+) -> Generator[None]:
+    """Run a block and raise if it wrote to a tensor of some trees, as told by the version counters.
 
     Args:
-        state: the state that the block reads.
+        trees: what the block reads, by the name that a message calls it.
+        remedy: the message's last sentence.
 
     Yields:
         Nothing.
 
     Raises:
-        LossError: a loss, an `init` or a projection changed parameters in place.
+        LossError: a function of the user's changed something in place.
     """
-    if _diff.transforming():
+    if _diff.transforming() or torch.is_inference_mode_enabled():
         yield
         return
-    before = _versions(state)
+    before = _versions(trees)
     yield  # ruff: ignore[fallible-context-manager] - an error of the block's own comes first
-    changed = [name for name, versions in _versions(state).items() if versions != before[name]]
+    changed = [name for name, versions in _versions(trees).items() if versions != before[name]]
     if changed:
         raise LossError(
-            f"the parameters of level {listing(map(repr, changed))} were changed in place, by a loss, an init or a "
-            "projection; compute a new tensor (x.clamp(0, 1) in place of x.clamp_(0, 1)). The state that came in now holds "
-            "the changed numbers."
+            f"{listing(changed)} changed in place, by a loss, a map, an init, a solver or a projection; compute a new "
+            f"tensor (x.clamp(0, 1) in place of x.clamp_(0, 1)). {remedy}"
         )
 
 
-def _versions(state: State) -> dict[str, list[int]]:
-    return {
-        name: [leaf._version for leaf in _tree.leaves(tree) if isinstance(leaf, Tensor)]
-        for name, tree in state.params.items()
-    }
+def _versions(trees: Mapping[str, Tree]) -> dict[str, list[int]]:
+    return {name: [leaf._version for leaf in _tree.leaves(tree) if isinstance(leaf, Tensor)] for name, tree in trees.items()}

@@ -43,6 +43,17 @@ class Loop:
                 yield from loop.order()
             yield self.level
 
+    def levels(self) -> frozenset[str]:
+        """Return the levels that run in it, those that are taken as solved where they stand too."""
+        seen: dict[int, Loop] = {}  # loops are shared: a ladder's tree has exponentially many branches
+        waiting = [self]
+        while waiting:
+            loop = waiting.pop()
+            if id(loop) not in seen:
+                seen[id(loop)] = loop
+                waiting += (*loop.first, *loop.later)
+        return frozenset(loop.level for loop in seen.values())
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -153,7 +164,8 @@ def schedule(levels: Sequence[Level], graph: Graph, before: Mapping[str, Sequenc
 
     tops: list[Loop] = []
     ran: frozenset[str] = frozenset()
-    for name in graph.tops:
+    waited_for = {lower for names in before.values() for lower in names}
+    for name in (name for name in graph.levels if name not in waited_for):
         one, inside = loop(name, ran & under[name])
         tops.append(one)
         ran |= inside
@@ -179,7 +191,7 @@ def _before(loop: Loop, of: str) -> tuple[list[Loop | str], Loop | None]:
         part, found = _before(inner, of)
         done += part
         if found is not None:
-            return ([loop.level, *done] if loop.begins_before else done), found
+            return ([loop.level, *done] if loop.begins_before and loop.steps else done), found
     return [loop], None
 
 

@@ -121,6 +121,23 @@ def read_call(
     return Call(function, tuple(positional), tuple(keyword), tuple(p.name for p in constants)), first
 
 
+def declared_in(function: Callable[..., Any], reads: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the part of a declaration that a second function of the same level has arguments for.
+
+    Args:
+        function: the function.
+        reads: sources by argument name, as declared for the level's loss.
+
+    Returns:
+        Those whose argument names the function has.
+    """
+    try:
+        names = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {argument: source for argument, source in (reads or {}).items() if argument in names}
+
+
 _VAR_POSITIONAL = inspect.Parameter.VAR_POSITIONAL
 _VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -6,6 +6,7 @@ derivatives anew, from the operands and the solution, instead of keeping a graph
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from funcmlo import _diff, _tree
 from funcmlo._tree import Tree
-from funcmlo.errors import EstimatorError
+from funcmlo.describe import compact
+from funcmlo.errors import EstimatorError, FuncmloWarning
 from funcmlo.hypergrad.base import BestResponse, Solved, Stats
 from funcmlo.linear.differentiable import NO_FORWARD_MODE
 
@@ -33,14 +35,14 @@ class SolutionMap:
         owner: who solves, for messages.
         response: the estimator.
         find: `find(constants, init, inputs)` → y*.
-        at: `at(constants, init, inputs, y)` → the solved problem that the estimator sees.
+        at: `at(constants, inputs, y)` → the solved problem that the estimator sees.
         tell: receives each product's stats, or None.
     """
 
     owner: str
     response: BestResponse
     find: Callable[[Tree, Tree, dict[str, Tree]], Tree]
-    at: Callable[[Tree, Tree, dict[str, Tree], Tree], Solved]
+    at: Callable[[Tree, dict[str, Tree], Tree], Solved]
     tell: Callable[[Stats], None] | None = None
 
     def __call__(self, constants: Tree, init: Tree, inputs: dict[str, Tree]) -> Tree:
@@ -58,10 +60,11 @@ class SolutionMap:
             EstimatorError: a traced tensor was closed over.
             RuntimeError: the solver's own.
         """
-        leaves, structure = _tree.flatten((constants, init, inputs))
-        call = _Call(self, structure, [])
+        start, start_structure = _tree.flatten(init)
+        leaves, structure = _tree.flatten((constants, inputs))
+        call = _Call(self, start_structure, structure, [])
         try:
-            found = _Solution.apply(call, *leaves)  # type: ignore[no-untyped-call]
+            found = _Solution.apply(call, *start, *leaves)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             if "INTERNAL ASSERT" not in str(error):
                 raise
@@ -76,6 +79,7 @@ class _Call:
     """One solve: the map, how its operands are laid out, and how the solution is."""
 
     map: SolutionMap
+    start: Any
     structure: Any
     found: list[Any]
 
@@ -85,25 +89,33 @@ class _Solution(torch.autograd.Function):
 
     @staticmethod
     def forward(call: _Call, *operands: Tensor) -> tuple[Tensor, ...]:
-        leaves, structure = _tree.flatten(call.map.find(*_tree.unflatten(call.structure, operands)))
+        first = call.start.num_leaves
+        constants, inputs = _tree.unflatten(call.structure, operands[first:])
+        leaves, structure = _tree.flatten(call.map.find(constants, _tree.unflatten(call.start, operands[:first]), inputs))
         call.found.append(structure)
         return tuple(x.clone() if any(x is y for y in operands) else x for x in leaves)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.call = inputs[0]
-        ctx.save_for_backward(*inputs[1:], *output)
+        call, *operands = inputs
+        ctx.call = call
+        # The start is not kept, and may be written to: the solution does not depend on it.
+        ctx.save_for_backward(*operands[call.start.num_leaves :], *output)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         call, saved = ctx.call, _diff.alive(ctx.saved_tensors)
         count = call.structure.num_leaves
-        constants, init, inputs = _tree.unflatten(call.structure, saved[:count])
+        constants, inputs = _tree.unflatten(call.structure, saved[:count])
         y = _tree.unflatten(call.found[-1], saved[count:])
-        products = respond(
-            call.map, call.map.at(constants, init, inputs, y), _tree.unflatten(call.found[-1], _diff.alive(cotangents))
-        )
-        none = [None] * (count - len(_tree.leaves(inputs)))
+        if any(torch._C._functorch.is_legacy_batchedtensor(x) for x in cotangents):
+            raise EstimatorError(
+                "torch.autograd's own batched gradients (is_grads_batched=True, vectorize=True) do not reach through a "
+                "solution; use torch.func.jacrev."
+            )
+        v = _tree.unflatten(call.found[-1], _diff.alive(cotangents))
+        products = respond(call.map, call.map.at(constants, inputs, y), v)
+        none = [None] * (call.start.num_leaves + len(_tree.leaves(constants)))
         return (None, *none, *_tree.leaves({name: products[name] for name in inputs}))
 
     @staticmethod
@@ -116,7 +128,8 @@ def respond(map: SolutionMap, solved: Solved, cotangent: Tree) -> dict[str, Tree
     """Ask the estimator for its product, inside a backward pass.
 
     State and stats cannot leave a backward pass, so nothing may be silent: where the linear system met a direction of
-    negative curvature, or its answer is not finite, the cotangents are NaN under a transform and an error outside.
+    negative curvature, diverged, or is not finite, the cotangents are NaN under a transform and an error outside; where
+    it was left far from solved there is a warning outside.
 
     Args:
         map: the solution map.
@@ -145,17 +158,34 @@ def _or_nan(owner: str, response: BestResponse, products: dict[str, Tree], stats
     if stats.residual is None or stats.negative_curvature is None:
         return products
     residual, negative = torch.as_tensor(stats.residual), torch.as_tensor(stats.negative_curvature)
-    failed = negative.to(residual.device) | ~torch.isfinite(residual)
+    failed = negative.to(residual.device) | ~(residual <= _DIVERGED)
     if _diff.transforming():
         masked: dict[str, Tree] = _tree.map(lambda x: torch.where(failed.to(x.device), torch.nan, x), products)
         return masked
     if bool(failed):
-        why = "met a direction of zero or negative curvature" if bool(negative) else "did not stay finite"
+        why = (
+            "met a direction of zero or negative curvature"
+            if bool(negative)
+            else f"diverged (residual {float(residual):.2g})"
+        )
         raise EstimatorError(
-            f"{owner}: the linear solve of {response!r} {why}, so the solution is no strict minimum there, or not reached "
-            "yet. Make more inner steps, add damping=, or regularize the loss."
+            f"{owner}: the linear solve of {compact(response)} {why}, so there is no strict minimum there, or it is not "
+            "reached yet, or the solver does not fit. Make more inner steps, add damping=, lower scale=, or regularize."
+        )
+    if bool(residual > _UNSOLVED):
+        warnings.warn(
+            f"{owner}: the linear solve of {compact(response)} stopped at a relative residual of {float(residual):.2g}, so "
+            "the derivative is that far from the solution's; raise its iterations.",
+            FuncmloWarning,
+            stacklevel=2,
         )
     return products
+
+
+# Conjugate gradient's residual may exceed the right-hand side's norm on its way, by up to the root of the condition
+# number; a diverging series exceeds everything.
+_DIVERGED = 100.0
+_UNSOLVED = 0.1
 
 
 class _Once(torch.autograd.Function):

@@ -12,6 +12,7 @@ import torchopt
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import funcmlo as fm
 from funcmlo import _tree
@@ -401,3 +402,189 @@ def test_fixed_points_of_a_map_that_is_no_gradient(response: fm.BestResponse) ->
         assert_agrees(hessian[i], row, error)
     xs = normal(3, 4, seed=7)
     assert torch.allclose(torch.vmap(torch.func.grad(f))(xs), torch.stack([torch.func.grad(f)(x) for x in xs]), rtol=1e-12)
+
+
+def test_third_derivatives_through_a_map_that_is_no_gradient() -> None:
+    solve = fm.fixed_point(lambda y, x: torch.tanh(W @ y + x), steps=80, response=fm.AID(fm.Direct()))
+
+    def curvature(x: Tensor) -> Tensor:
+        f = torch.func.grad(lambda at: (solve(torch.zeros(4).double(), at) ** 2).sum())
+        return (torch.func.jacrev(f)(x) ** 2).sum()
+
+    x = normal(4, seed=6)
+    reference, error = finite_difference(curvature, x, step=2e-3)
+    assert_agrees(torch.func.grad(curvature)(x), reference, error, relative=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_every_forward_mode_is_right_or_refused() -> None:
+    x, tangent = normal(4, seed=1), normal(4, seed=2)
+    start = torch.zeros(3).double()
+
+    def by_duals(f: Callable[[Tensor], Tensor]) -> Tensor | None:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(x, tangent))).tangent
+
+    def solve(response: fm.BestResponse, steps: int = 20) -> Callable[[Tensor], Tensor]:
+        return lambda at: fm.argmin(loss, SGD, steps=steps, response=response)(start, at)
+
+    expected = torch.func.jvp(solve(fm.ITD()), (x,), (tangent,))[1]
+    assert torch.allclose(by_duals(solve(fm.ITD())), expected)
+    fixed = fm.fixed_point(lambda y, at: torch.sin(at[:3]) - 0.1 * y, steps=0, response=fm.AID(fm.Direct()))
+
+    def closing_over(at: Tensor) -> Tensor:
+        return fm.argmin(lambda y: ((y - at[:3]) ** 2).sum(), SGD, steps=2, response=fm.AID(fm.CG(3)))(start)
+
+    for f in (solve(fm.AID(fm.CG(5))), solve(fm.AID(fm.CG(5)), steps=0), lambda at: fixed(start, at)):
+        with pytest.raises(fm.EstimatorError, match="no forward-mode derivative"):
+            by_duals(f)
+    for call in (by_duals, lambda f: torch.func.jvp(f, (x,), (tangent,))):
+        with pytest.raises(fm.EstimatorError, match="closes over 'at'"):
+            call(closing_over)
+
+
+def test_inference_mode_is_refused_where_a_gradient_is_needed() -> None:
+    x, start = normal(4), torch.zeros(3).double()
+    with torch.inference_mode():
+        for response in EXACT.values():
+            with pytest.raises(fm.EstimatorError, match=r"argmin takes gradients, which torch.inference_mode forbids"):
+                fm.argmin(loss, SGD, steps=2, response=response)(start, x)
+        root = fm.fixed_point(lambda y, x: (y + x / y) / 2, steps=8, response=fm.AID(fm.Direct()))
+        assert torch.allclose(root(torch.ones(()), torch.tensor(9.0)), torch.tensor(3.0))
+
+
+def test_what_is_handed_in_is_not_written_to() -> None:
+    x = torch.ones(2)
+    cases = {
+        "its init was": lambda: fm.fixed_point(lambda y, x: y.mul_(0.5).add_(x), steps=3, response=fm.AID(fm.Direct()))(
+            torch.zeros(2), x
+        ),
+        "its input 'x' was": lambda: fm.argmin(lambda y, x: (x.mul_(2) * y).sum(), SGD, steps=1, response=fm.AID(fm.CG(3)))(
+            torch.zeros(2), x.clone()
+        ),
+    }
+    for message, call in cases.items():
+        with pytest.raises(fm.LossError, match=message + r" changed in place"):
+            call()
+
+    def writing(y: Tensor, x: Tensor) -> Tensor:  # a solver has copies, so it may write, and unseen through numpy too
+        x.numpy()[:] = 7.0
+        return y.copy_(x)
+
+    start = torch.zeros(2)
+    solve = fm.argmin(lambda y, x: ((y - x) ** 2).sum(), fm.Solver(writing), steps=1, response=fm.AID(fm.CG(3)))
+    assert torch.equal(solve(start, x), torch.full((2,), 7.0))
+    assert torch.equal(x, torch.ones(2))
+    assert torch.equal(start, torch.zeros(2))
+
+
+def test_the_start_may_be_written_to_before_the_backward_pass() -> None:
+    start, x = torch.zeros(3).double(), normal(4).requires_grad_()
+    y = fm.argmin(loss, SGD, steps=20, response=fm.AID(fm.CG(5)))(start, x)
+    start.copy_(y.detach())  # a warm start for the next call
+    assert torch.isfinite(torch.autograd.grad(y.sum(), x)[0]).all()
+
+
+def test_an_outside_solver_is_projected_reads_what_the_loss_declares_and_nests() -> None:
+    x = torch.ones(2)
+
+    def square(y, x):
+        return ((y - x) ** 2).sum()
+
+    solve = fm.argmin(
+        square, fm.Solver(lambda y, x: 10 * x), steps=1, response=fm.AID(fm.CG(3)), project=lambda y: y.clamp(-1, 1)
+    )
+    assert torch.equal(solve(torch.zeros(2), x), torch.ones(2))
+
+    level = fm.Level(
+        "p", lambda p, q: ((p - q) ** 2).sum(), fm.Solver(lambda p, q: q), reads={"q": "y"}, response=fm.AID(fm.CG(3))
+    )
+    assert level.reads_levels == ("y",)
+
+    by_numpy = fm.argmin(
+        square, fm.Solver(lambda y, x: torch.from_numpy(x.numpy().copy())), steps=1, response=fm.AID(fm.CG(3))
+    )
+    outer = fm.argmin(
+        lambda z, x: ((z - by_numpy(torch.zeros(2), x)) ** 2).sum(), torchopt.sgd(0.5), steps=1, response=fm.AID(fm.CG(3))
+    )
+    assert torch.allclose(torch.func.grad(lambda x: outer(torch.zeros(2), x).sum())(x), torch.ones(2))
+    with pytest.raises(fm.EstimatorError, match=r"its solver leaves torch, which torch.func.vmap cannot map"):
+        torch.vmap(lambda x: by_numpy(torch.zeros(2), x))(torch.ones(3, 2))
+
+
+def test_a_solve_that_diverged_or_stopped_early_is_told() -> None:
+    stiff = torch.tensor([1.0, 100.0]).double()
+
+    def f(response: fm.BestResponse) -> Callable[[Tensor], Tensor]:
+        solve = fm.argmin(lambda y, x: (stiff * (y - x) ** 2).sum() / 2, SGD, steps=0, response=response)
+        return lambda x: solve(torch.zeros(2).double(), x).sum()
+
+    x = torch.ones(2).double()
+    diverging = f(fm.AID(fm.Neumann(30, scale=0.1)))
+    assert torch.func.grad(diverging)(x).isnan().all()
+    with pytest.raises(fm.EstimatorError, match=r"AID\(Neumann\(30, scale=0.1\)\) diverged \(residual"):
+        autograd(diverging)(x)
+    with pytest.warns(fm.FuncmloWarning, match=r"AID\(CG\(1\)\) stopped at a relative residual of .* raise its iterations"):
+        autograd(f(fm.AID(fm.CG(1))))(x)
+
+
+def test_more_that_is_refused_or_warned_of() -> None:
+    class Holder:
+        pass
+
+    def holding(x: Tensor) -> Holder:
+        holder = Holder()
+        holder.x = x
+        return holder
+
+    start = torch.zeros(2)
+
+    def by_projection(x):
+        held = holding(x)
+        project = lambda y: torch.minimum(y, held.x)  # ruff: ignore[lambda-assignment]
+        return fm.argmin(lambda y: (y**2).sum(), SGD, steps=1, response=fm.ITD(), project=project)(start).sum()
+
+    def by_optimizer(x):
+        held = holding(x)
+        return fm.argmin(lambda y: (y**2).sum(), lambda: torchopt.sgd(held.x.sum()), steps=1, response=fm.ITD())(
+            start + 1
+        ).sum()
+
+    def by_solver(x):
+        return fm.argmin(lambda y: (y**2).sum(), fm.Solver(lambda y: y * x), steps=1, response=fm.AID(fm.CG(3)))(start).sum()
+
+    def by_batch(x):
+        solve = fm.argmin(lambda y, batch: ((y - batch) ** 2).sum(), SGD, steps=2, response=fm.ITD())
+        return solve(start, batch=lambda t: x if t else start).sum()
+
+    for f in (by_projection, by_optimizer, by_solver, by_batch):
+        for call in (torch.func.grad(f), autograd(f)):
+            with pytest.raises((fm.EstimatorError, fm.BatchError), match="being differentiated"):
+                call(torch.ones(2))
+    with pytest.warns(fm.FuncmloWarning, match=r"argmin: AID looks at the solution alone, .* \(rate\) is zero; use ITD"):
+        fm.argmin(lambda y, x: (y - x) ** 2, lambda rate: torchopt.sgd(rate), steps=1, response=fm.AID(fm.CG(3)))
+
+
+weight = torch.ones(2, requires_grad=True)
+
+
+def test_an_attribute_is_not_the_global_of_its_name() -> None:
+    bag = nn.Linear(2, 1).requires_grad_(False)
+
+    def later(y):
+        return helper(y) + (bag.weight * y).sum()
+
+    solve = fm.argmin(later, SGD, steps=1, response=fm.AID(fm.CG(3)))
+
+    def helper(y):
+        return (y**2).sum()
+
+    assert solve(torch.zeros(2)).shape == (2,)
+    with pytest.raises(fm.EstimatorError, match="closes over 'weight'"):
+        fm.argmin(lambda y: (weight * y).sum(), SGD, steps=1, response=fm.AID(fm.CG(3)))(torch.zeros(2))
+
+
+def test_batched_gradients_of_an_older_kind_are_refused() -> None:
+    f, x = objective(fm.AID(fm.CG(5, tol=1e-14))), normal(4, seed=3)
+    with pytest.raises(fm.EstimatorError, match=r"vectorize=True.*use torch.func.jacrev"):
+        torch.autograd.functional.jacobian(f, x, vectorize=True)

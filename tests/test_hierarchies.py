@@ -23,7 +23,7 @@ ROUNDING = 1e-12
 def _expected_doubts():
     """Random programs have levels without paths, and paths that are not exact; both are warned of: tested below."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "no path leads", fm.FuncmloWarning)
+        warnings.filterwarnings("ignore", "no path leads|.*no level reads it", fm.FuncmloWarning)
         warnings.filterwarnings("ignore", 'composition="paths" is not the total derivative', fm.FuncmloWarning)
         yield
 
@@ -229,3 +229,8 @@ def test_three_levels_are_mapped_over_states() -> None:
     for i, state in enumerate(states):
         alone, _ = program.step(state, {})
         assert all(close(mapped[name][i], alone.params[name]) for name in alone.params)
+
+
+def test_a_level_whose_work_is_lost_is_told() -> None:
+    with pytest.warns(fm.FuncmloWarning, match=r"level 'p2': no level reads it, so nothing comes of it"):
+        Hierarchy({"p1": ("p3",), "p2": ("p3",), "p3": ("p1",)}, seed=0).program("paths")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import funcmlo as fm
+from tests.hierarchies import Hierarchy, hierarchies
 from tests.oracles import assert_agrees, bits, fingerprint, finite_difference
 from tests.registry import OPTIMIZERS, vector_like
 
@@ -319,3 +321,66 @@ def test_an_outside_solver_at_the_lowest_level() -> None:
     state = program.init({name: vector_like(torch.zeros(3).double(), i) for i, name in enumerate("zyx")})
     reference, error = finite_difference(solved_again(program, state, {}), state.params["x"], step=1e-2)
     assert_agrees(program.hypergradient(state, {}, of="x"), reference, error, relative=1e-8)
+
+
+def test_away_from_the_solution_it_is_solved_again() -> None:
+    # z* = y + x and T_y = ¼y² + ¼z*² has Hessian 1 and ∇²_xy T = ½. The central difference of ∇_x T_y along v sees x
+    # through z* alone, so it is zero unless z is solved again at y ± εv.
+    program = fm.Multilevel(
+        fm.Level("z", lambda z, y, x: ((z - y - x) ** 2).sum() / 2, torchopt.sgd(1.0), response=AID),
+        fm.Level("y", lambda y, z: (y**2).sum() / 4 + (z**2).sum() / 4, torchopt.sgd(1.0), response=fm.FiniteDifference()),
+        fm.Level("x", lambda x, y: torch.sin(y).sum(), torchopt.sgd(0.1)),
+        composition="nested",
+    )
+    x = torch.tensor([0.3, -1.0]).double()
+    state = program.init({"z": torch.zeros(2).double(), "y": torch.zeros(2).double(), "x": x})
+    assert torch.allclose(program.hypergradient(state, {}, of="x"), -torch.cos(-x / 2) / 2, rtol=1e-7)
+
+
+def test_without_solving_the_states_parameters_are_the_solutions() -> None:
+    # T_y = ½(y − x)² + ¼z⁴ with z* = y, at z = 2 although y = 0: the Hessian is 1 + 3z² = 13, and dy*/dx = 1/13.
+    program = fm.Multilevel(
+        fm.Level("z", lambda z, y: (z - y) ** 2 / 2, torchopt.sgd(1.0), response=AID),
+        fm.Level("y", lambda y, x, z: (y - x) ** 2 / 2 + z**4 / 4, torchopt.sgd(0.1), response=AID),
+        fm.Level("x", lambda x, y: 13 * y, torchopt.sgd(0.1)),
+        composition="nested",
+    )
+    state = program.init({"z": torch.tensor(2.0).double(), "y": torch.tensor(0.0).double(), "x": torch.tensor(1.0).double()})
+    assert torch.allclose(program.hypergradient(state, {}, of="x", solve=False), torch.ones(()).double(), rtol=1e-12)
+
+
+def test_itd_follows_where_loops_begin_also_of_levels_that_are_not_read() -> None:
+    # a runs before b's updates too, because it reads b; what it does there moves where its next loop begins.
+    def program(steps: int) -> fm.Multilevel:
+        rate = torchopt.sgd(0.3)
+        return fm.Multilevel(
+            fm.Level("a", lambda a, b, c: ((a - torch.sin(b) * c) ** 2).sum() / 2, rate, steps=steps, response=fm.ITD()),
+            fm.Level("b", lambda b, c: ((b - c) ** 2).sum() / 2, rate, steps=steps, response=fm.ITD()),
+            fm.Level("c", lambda c, a: (a**2).sum() + c.sum(), torchopt.sgd(0.1)),
+            composition="nested",
+        )
+
+    for steps in (1, 2, 5):
+        p = program(steps)
+        state = p.init({name: vector_like(torch.zeros(2).double(), i) for i, name in enumerate("abc")})
+        reference, error = finite_difference(solved_again(p, state, {}, "c"), state.params["c"], step=1e-2)
+        assert_agrees(p.hypergradient(state, {}, of="c"), reference, error)
+
+
+@given(h=hierarchies(most=4), numbers=st.lists(st.integers(1, 2), min_size=4, max_size=4))
+def test_random_hierarchies_of_itd_are_the_derivative_of_what_ran(h: Hierarchy, numbers: list[int]) -> None:
+    levels = [
+        fm.Level(x.name, x.loss, torchopt.sgd(0.3), reads=x.reads, steps=n, response=fm.ITD())
+        for x, n in zip(h.levels(), numbers, strict=False)
+    ]
+    top = h.names[-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fm.FuncmloWarning)
+        p = fm.Multilevel(
+            *levels[:-1], fm.Level(top, levels[-1].loss, torchopt.sgd(0.3), reads=levels[-1].reads), composition="nested"
+        )
+    state = p.init(h.start(3))
+    if len(p.schedule().tops) > 1:
+        return  # another top level's updates come in between, and are not the top's to answer for
+    reference, error = finite_difference(solved_again(p, state, {}, top), state.params[top], step=1e-2)
+    assert_agrees(p.hypergradient(state, {}, of=top), reference, error, relative=1e-8, size=1.0)
