@@ -144,7 +144,7 @@ class Nest:
     def _attached(self, name: str, response: BestResponse, y: Tree, above: Values, state: State) -> Tree:
         """A known solution as a node of the graph, whose derivative is the response for T_l."""
         begin = self._rewound(name, state)  # so that solving again draws no new batches
-        solved_below: list[State] = [] if self.solve else [state]
+        solved_below: list[State] = []
 
         def total(at: Tree, x: Values, draw: int | None = None) -> Tensor:
             last = -1 if state.step[name] else 0

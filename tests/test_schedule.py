@@ -351,6 +351,20 @@ def test_levels_that_are_taken_as_solved_get_their_batches_and_do_not_begin(comp
         p.hypergradient(state, {}, of="c")
 
 
+def test_a_level_that_is_solved_where_it_stands_does_not_begin_for_those_below_it() -> None:
+    p = fm.Multilevel(
+        fm.Level("a", lambda a, b: ((a - b) ** 2).sum() / 2, SGD, response=AID),
+        fm.Level(
+            "b", lambda b, a, c: ((b - c) ** 2).sum() / 2 + (a * b).sum(), SGD, steps=0, init=lambda c: 5 * c, response=AID
+        ),
+        fm.Level("c", lambda c, b: (b**2).sum(), SGD),
+        composition="nested",
+    )
+    state = p.init({name: torch.ones(2) for name in "abc"})
+    assert torch.equal(p.hypergradient(state, {}, of="a"), torch.zeros(2))  # at b = 1, not at 5c
+    assert bits(first_gradients(p, state, {})["a"]) == bits(torch.zeros(2))
+
+
 @pytest.mark.parametrize("composition", ["paths", "nested"])
 @given(h=hierarchies(most=4), numbers=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=4, max_size=4))
 def test_with_warm_ups_too_the_hypergradient_is_what_step_gives_first(
