@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
-from funcmlo import _diff, _tree, operands
+from funcmlo import _tracing, _tree, operands
 from funcmlo._random import checked_seed
 from funcmlo._tree import Tree
 from funcmlo.batches import feeds
@@ -101,7 +101,7 @@ class Argmin:
         """The names of the inputs, in the order in which they are handed in."""
         return self.level.reads_levels
 
-    def __call__(self, init: Tree, *inputs: Tree, batch: Any = None, **named: Tree) -> Tree:
+    def __call__(self, init: Tree, /, *inputs: Tree, batch: Any = None, **named: Tree) -> Tree:
         """Return the solution.
 
         Args:
@@ -128,7 +128,8 @@ class Argmin:
                 "argmin: the loss has no argument batch, but one came; leave it out, or name the argument batch."
             )
         feeds([level], [level.name], {} if batch is None else {level.name: batch}, {level.name: 0}, pure=True)
-        with operands.reading("argmin", init, x):
+        init, x, batch = operands.ordinary((init, x, batch))
+        with operands.reading("argmin", init, x, batch):
             return self._solve(init, x, batch)
 
     def _solve(self, init: Tree, x: dict[str, Tree], batch: Any) -> Tree:
@@ -156,7 +157,7 @@ class Argmin:
             return run(problem, (init, problem.optimizer(x).init(init)), x, level.steps).solved.params
 
         start = _tree.detach(init)
-        if not _diff.recording(differentiable):
+        if not _tracing.recording(differentiable):
             return find((constants, None), start, differentiable)
         # The start is kept for those estimators alone that make the steps again.
         kept = constants, None if response.requires == "solution" else _tree.map(torch.clone, start)
@@ -178,7 +179,7 @@ def _dependent(problem: Problem, y: Tree, x: dict[str, Tree]) -> Tree:
 
 def _unrolled(problem: Problem, init: Tree, x: dict[str, Tree]) -> Tree:
     """The inner steps in the open: who differentiates the caller differentiates them."""
-    with torch.set_grad_enabled(_diff.recording(init, x)):
+    with torch.set_grad_enabled(_tracing.recording(init, x)):
         y, state = init, problem.optimizer(x).init(init)
         for t in range(problem.level.steps):
             y, state, _, _ = problem.update(y, state, x, t)

@@ -17,10 +17,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd import forward_ad
 
-from funcmlo import _tree
+from funcmlo import _tracing, _tree
 from funcmlo._tree import Tree
 
 
@@ -29,87 +27,6 @@ class Pullback(Protocol):
 
     def __call__(self, cotangent: Tree, *, wrt: Sequence[int] | None = None) -> tuple[Tree, ...]:
         """Return one cotangent tree for each argument in `wrt` (all of them when it is None)."""
-
-
-def transforming() -> bool:
-    """Say whether a torch.func transform (grad, vjp, jvp, vmap) or forward mode is active: values may be traced."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or _forward_mode()
-
-
-def differentiating() -> bool:
-    """Say whether a torch.func transform that differentiates (grad, vjp, jvp) is active; vmap alone does not."""
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    return _forward_mode() or any(i.key() != torch._C._functorch.TransformType.Vmap for i in stack)
-
-
-def _forward_mode() -> bool:
-    """Whether tangents are carried along (`torch.autograd.forward_ad`, which torch.func's jvp uses too)."""
-    return bool(forward_ad._current_level >= 0)
-
-
-def traced(x: Tensor) -> bool:
-    """Say whether a tensor is part of something that is being differentiated, by autograd or by a torch.func transform."""
-    while not (x.requires_grad or _has_tangent(x)):
-        if not torch._C._functorch.is_functorch_wrapped_tensor(x):
-            return False
-        x = torch._C._functorch.get_unwrapped(x)  # below a map there may be a tensor that is differentiated
-    return True
-
-
-def _has_tangent(x: Tensor) -> bool:
-    if not _forward_mode() or torch._C._functorch.is_batchedtensor(x):
-        return False
-    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
-
-
-def call_outside(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function on copies of its arguments' tensors, outside of every transform, where they may leave torch.
-
-    Args:
-        function: what is called; it is not differentiated.
-        *arguments: trees of anything.
-
-    Returns:
-        What it returns; under a map, which nothing can leave, it is called inside.
-    """
-    arguments = _tree.map_tensors(lambda x: _untracked(x.detach().clone()), arguments)
-    leaves = [x for x in _tree.leaves(arguments) if isinstance(x, Tensor)]
-    with torch.no_grad():
-        if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves) or not transforming():
-            return function(*arguments)
-        with temporarily_clear_interpreter_stack():
-            return function(*arguments)
-
-
-def _untracked(x: Tensor) -> Tensor:
-    """A detached tensor outside of the levels that differentiate it; what a map batches stays batched."""
-    while torch._C._functorch.is_gradtrackingtensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return x
-
-
-def alive(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors that a backward pass was given, taken out of a level that is over.
-
-    `torch.func.vjp` hands out a function that is called when its level is closed; what was saved there is still wrapped.
-    """
-    return [torch._C._functorch.unwrap_if_dead(x) for x in tensors]
-
-
-def recording(*trees: Tree) -> bool:
-    """Say whether what is computed from these trees is going to be differentiated by someone outside.
-
-    Below a map a tangent cannot be seen, so in forward mode the answer is True.
-
-    Args:
-        *trees: trees whose leaves may be anything.
-
-    Returns:
-        Whether someone is.
-    """
-    if _forward_mode():
-        return True
-    return torch.is_grad_enabled() and any(traced(x) for x in _tree.leaves(trees) if isinstance(x, Tensor))
 
 
 def value_and_grads(
@@ -127,7 +44,7 @@ def value_and_grads(
         The cost, what came with it, the gradients, and for each argument whether the cost depends on it at all
         (under a torch.func transform that cannot be known, and the answer is True).
     """
-    if transforming():
+    if _tracing.transforming():
         return _value_and_grads_func(cost, arguments)
     record = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -163,9 +80,9 @@ def with_vjp(
     Returns:
         What the body returns.
     """
-    if transforming():
+    if _tracing.transforming():
         return _with_vjp_func(function, arguments, body)
-    record = recording(*arguments)
+    record = _tracing.recording(*arguments)
     value, extra, pullback = _vjp(function, arguments, record)
     answer = body(value, extra, pullback)
     return answer if record or torch.is_grad_enabled() else _tree.detach(answer)
@@ -182,7 +99,7 @@ def vjp(function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree]) ->
     Returns:
         The value, what came with it (both cut from the graph), and the pullback.
     """
-    if transforming():
+    if _tracing.transforming():
         return _vjp_func(function, arguments)
     value, extra, pullback = _vjp(function, arguments, record=False)
     return _tree.detach(value), _tree.detach(extra), pullback
@@ -201,7 +118,7 @@ def _pullback(outputs: list[Tensor], arguments: Sequence[Tree], record: bool) ->
     def pullback(cotangent: Tree, *, wrt: Sequence[int] | None = None) -> tuple[Tree, ...]:
         chosen = [arguments[i] for i in (range(len(arguments)) if wrt is None else wrt)]
         flat = [leaf for argument in chosen for leaf in _tree.leaves(argument)]
-        again = record or recording(cotangent)
+        again = record or _tracing.recording(cotangent)
         grads = _autograd(outputs, flat, _tree.leaves(cotangent), create_graph=again, retain_graph=True)
         answer = []
         for argument in chosen:

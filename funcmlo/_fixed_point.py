@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from funcmlo import _diff, _random, _tree, operands
+from funcmlo import _random, _tracing, _tree, operands
 from funcmlo._tree import Tree
 from funcmlo.errors import DefinitionError, EstimatorError, ParameterError
 from funcmlo.hypergrad.aid import AID
@@ -81,7 +81,7 @@ class FixedPoint:
     response: BestResponse
     seed: int
 
-    def __call__(self, init: Tree, *inputs: Tree, batch: Any = None, **named: Tree) -> Tree:
+    def __call__(self, init: Tree, /, *inputs: Tree, batch: Any = None, **named: Tree) -> Tree:
         """Return the solution.
 
         Args:
@@ -106,7 +106,10 @@ class FixedPoint:
                 f"{owner}: the map {'takes' if batch is None else 'has no argument'} batch, but "
                 f"{'none came: pass batch=…' if batch is None else 'one came; leave it out'}."
             )
-        with operands.reading(owner, init, x):
+        if callable(batch):
+            raise ParameterError(f"{owner}: the batch is a function, but all iterations take one batch; pass that.")
+        init, x, batch = operands.ordinary((init, x, batch))
+        with operands.reading(owner, init, x, batch):
             return self._solve(owner, init, x, batch)
 
     def _solve(self, owner: str, init: Tree, x: dict[str, Tree], batch: Any) -> Tree:
@@ -123,14 +126,14 @@ class FixedPoint:
 
         operands.check_closures(owner, [self.map.function], lambda y, x: phi(constants, y, x), init, differentiable)
         if isinstance(self.response, ITD):
-            with torch.set_grad_enabled(_diff.recording(init, differentiable)):
+            with torch.set_grad_enabled(_tracing.recording(init, differentiable)):
                 return self._iterate(phi, constants, init, differentiable)
 
         def find(constants: list[Tensor], init: Tree, x: dict[str, Tree]) -> Tree:
             with torch.no_grad():
                 return self._iterate(phi, constants, init, x)
 
-        if not _diff.recording(differentiable):
+        if not _tracing.recording(differentiable):
             return find(constants, _tree.detach(init), differentiable)
         solution = SolutionMap(owner, self.response, find, lambda *given: self._solved(phi, *given))
         return solution(constants, _tree.detach(init), differentiable)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcmlo import _diff
+from funcmlo import _tracing
 
 
 def traced_closure(function: Callable[..., Any]) -> str | None:
@@ -21,12 +21,12 @@ def traced_closure(function: Callable[..., Any]) -> str | None:
     dicts and functions among them; not the attributes of objects.
 
     Args:
-        function: any callable.
+        function: any callable, or a tuple of them such as an optimizer.
 
     Returns:
         The name by which the function knows the tensor; None if there is none.
     """
-    return next((name for name, x in _tensors(function, depth=4) if _diff.traced(x)), None)
+    return next((name for name, x in _within("the optimizer", function, depth=8) if _tracing.traced(x)), None)
 
 
 def _tensors(function: Any, depth: int) -> Iterator[tuple[str, Tensor]]:

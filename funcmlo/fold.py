@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcmlo import _diff, _tree
+from funcmlo import _diff, _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.errors import EstimatorError, FuncmloWarning, listing
 from funcmlo.graph import Graph
@@ -45,7 +45,7 @@ class Folded:
 
     def plain_stats(self) -> dict[str, Stats | Mapping[str, Any]]:
         """Return the stats with Python numbers in place of 0-d tensors, wherever values can be read."""
-        if _diff.transforming():
+        if _tracing.transforming():
             return self.stats
         return {name: stats.plain() if isinstance(stats, Stats) else stats for name, stats in self.stats.items()}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcmlo import _random, _tree
 from funcmlo._tree import Tree
-from funcmlo.errors import ParameterError, listing, suggest
+from funcmlo.errors import EstimatorError, ParameterError, listing, suggest
 from funcmlo.level import Level
 from funcmlo.state import State
 
@@ -35,9 +35,15 @@ def first_state(
         The state before the first step, on copies of the parameters.
 
     Raises:
+        EstimatorError: inference mode is on.
         ParameterError: something that came is not as expected.
     """
     names = [level.name for level in levels]
+    if torch.is_inference_mode_enabled():
+        raise EstimatorError(
+            "init makes parameters that gradients are taken by, which torch.inference_mode forbids; use torch.no_grad, or "
+            "nothing."
+        )
     if not isinstance(params, Mapping):
         raise ParameterError(f"init takes a dict from level names to parameters; {type(params).__name__} came.")
     if buffers:

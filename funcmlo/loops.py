@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcmlo import _diff, _tree, unroll
+from funcmlo import _tracing, _tree, unroll
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed, forget
 from funcmlo.finite import Event
@@ -212,7 +212,7 @@ class Walk:
     def _note(self, name: str, costs: Sequence[Tensor], params: Tree, folded: Folded | None, aux: Any = None) -> None:
         """Keep what the metrics and the check of finiteness need, and nothing that holds a loop's memory."""
         self.outcomes[name] = Outcome(costs, aux, folded)
-        if _diff.transforming():
+        if _tracing.transforming():
             return
         moved = None if params is None else _tree.finite(params)
         if folded is None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, get_args
 
 import torch
 
-from funcmlo import _diff, _tree, finite
+from funcmlo import _tracing, _tree, finite
 from funcmlo._tree import Tree
 from funcmlo.batches import feeds
 from funcmlo.declared import check_levels, check_nested
@@ -127,7 +127,7 @@ class Multilevel:
                 is no longer finite. The state that came in is still good.
         """
         work = self._begin(self.graph.levels, state, batches, pure=False)
-        with _unchanged(state), torch.no_grad():
+        with _unchanged(state, batches), torch.no_grad():
             for loop in self._schedule.tops:
                 work.run(loop)
             if isinstance(work, Walk):
@@ -161,7 +161,7 @@ class Multilevel:
         loops = [item for item in (*before, *own.first) if isinstance(item, Loop)]
         running = {of, *solved}.union(*(loop.levels() for loop in loops))
         work = self._begin(running, state, batches, pure=True, solve=solve)
-        with _unchanged(state), torch.no_grad():
+        with _unchanged(state, batches), torch.no_grad():
             for item in before:
                 work.begin(item) if isinstance(item, str) else work.run(item)
             if isinstance(work, Nest):
@@ -190,12 +190,12 @@ class Multilevel:
             raise EstimatorError(
                 "step and hypergradient take gradients, which torch.inference_mode forbids; use torch.no_grad, or nothing."
             )
-        if _diff.differentiating():
+        if _tracing.differentiating():
             raise EstimatorError(
                 "step and hypergradient cannot be differentiated (torch.func.grad, vjp or jvp is active); differentiate "
                 "an ordinary function of the parameters instead, with fm.argmin for what is solved inside."
             )
-        if self.composition == "nested" and _diff.transforming():
+        if self.composition == "nested" and _tracing.transforming():
             raise EstimatorError(
                 'composition="nested" solves again inside its derivatives and cannot be mapped (torch.func.vmap is active); '
                 "call step in a loop, or map over fm.argmin."
@@ -220,8 +220,11 @@ class Multilevel:
         return metrics
 
 
-def _unchanged(state: State) -> AbstractContextManager[None]:
-    return untouched({f"the parameters of level '{name}' were": tree for name, tree in state.params.items()})
+def _unchanged(state: State, batches: Mapping[str, Any]) -> AbstractContextManager[None]:
+    watched = {f"the parameters of level '{name}' were": tree for name, tree in state.params.items()}
+    fixed = {name: batch for name, batch in batches.items() if not (callable(batch) or isinstance(batch, Iterator))}
+    watched |= {f"the batch of level '{name}' was": batch for name, batch in fixed.items()}
+    return untouched(watched, "The numbers that came in are changed now.")
 
 
 def _highest_first(order: Sequence[str], names: Collection[str]) -> tuple[str, ...]:

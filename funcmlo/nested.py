@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcmlo import _diff, _tree
+from funcmlo import _diff, _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed
 from funcmlo.dependence import Dependence
@@ -128,7 +128,7 @@ class Nest:
             )
         else:
             response = level.response_for(user)
-        if isinstance(response, ITD) and _diff.recording(values):  # the loops inside it may follow from more than it does
+        if isinstance(response, ITD) and _tracing.recording(values):  # the loops inside it may follow from more than it does
             if not self.solve or not level.steps:
                 raise EstimatorError(NO_STEPS)
             return self._loop(name, values, state)
@@ -137,7 +137,7 @@ class Nest:
                 y, state = self._loop(name, _tree.detach(values), state)
         else:
             y, state = known.params[name], known
-        if response is None or not _diff.recording(above):
+        if response is None or not _tracing.recording(above):
             return y, state
         return self._attached(name, response, y, above, state), state
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcmlo import _diff, _tree
+from funcmlo import _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.closures import traced_closure
 from funcmlo.errors import BatchError, EstimatorError, ParameterError, listing, suggest
@@ -64,18 +64,25 @@ def check_mode(owner: str) -> None:
         raise EstimatorError(f"{owner} takes gradients, which torch.inference_mode forbids; use torch.no_grad, or nothing.")
 
 
-def reading(owner: str, init: Tree, x: dict[str, Tree]) -> AbstractContextManager[None]:
-    """Return a context that raises if what it runs writes to the start or to an input.
+def ordinary(tree: Tree) -> Tree:
+    """Return a tree with copies in place of tensors that were made in inference mode, which autograd refuses."""
+    return _tree.map_tensors(lambda x: x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x, tree)
+
+
+def reading(owner: str, init: Tree, x: dict[str, Tree], batch: Any) -> AbstractContextManager[None]:
+    """Return a context that raises if what it runs writes to the start, to an input or to the batch.
 
     Args:
         owner: who reads them, for messages.
         init: the start.
         x: the inputs.
+        batch: the batch.
 
     Returns:
         The context.
     """
     named = {f"{owner}: its init was": init, **{f"{owner}: its input '{name}' was": tree for name, tree in x.items()}}
+    named |= {f"{owner}: its batch was": batch}
     return untouched(named, "The tensor that was handed in now holds the changed numbers.")
 
 
@@ -108,7 +115,7 @@ def constant_batch(owner: str, batch: Any) -> Any:
     Raises:
         BatchError: a tensor of it is traced.
     """
-    if any(isinstance(leaf, Tensor) and _diff.traced(leaf) for leaf in _tree.leaves(batch)):
+    if any(isinstance(leaf, Tensor) and _tracing.traced(leaf) for leaf in _tree.leaves(batch)):
         raise BatchError(
             f"{owner}: the batch holds a tensor that is being differentiated, but a batch is constant; hand it in as an "
             "input instead, solve(init, …, data), or detach it."
@@ -132,7 +139,7 @@ def split(owner: str, x: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Tr
     vectors = {name: tree for name, tree in x.items() if _is_vector(tree)}
     others = {name: tree for name, tree in x.items() if name not in vectors}
     for name, tree in others.items():
-        if any(isinstance(leaf, Tensor) and _diff.traced(leaf) for leaf in _tree.leaves(tree)):
+        if any(isinstance(leaf, Tensor) and _tracing.traced(leaf) for leaf in _tree.leaves(tree)):
             raise ParameterError(
                 f"{owner}: input '{name}' holds something that is differentiated beside something that is no floating-point "
                 "tensor; hand them in as two inputs."
@@ -147,7 +154,7 @@ def check_closures(
 
     Args:
         owner: who takes them, for messages.
-        functions: what may close over tensors; what is no function is passed over.
+        functions: what may close over tensors: functions, optimizers, or None.
         value: a function of the start and the inputs that has to be constant where both are.
         init: the start.
         x: the inputs.
@@ -155,12 +162,14 @@ def check_closures(
     Raises:
         EstimatorError: something is closed over; the message names it where it can.
     """
+    if not (torch.is_grad_enabled() or _tracing.transforming()):
+        return
     for function in functions:
-        if callable(function) and (name := traced_closure(function)):
+        if name := traced_closure(function):
             raise EstimatorError(
                 f"{owner}: a function of it closes over '{name}', which is being differentiated; " + REMEDY.format(name=name)
             )
-    if torch.is_grad_enabled() and any(map(_diff.traced, _tree.leaves(value(_tree.detach(init), _tree.detach(x))))):
+    if torch.is_grad_enabled() and any(map(_tracing.traced, _tree.leaves(value(_tree.detach(init), _tree.detach(x))))):
         raise EstimatorError(
             f"{owner}: a function of it depends on a tensor that is being differentiated (it requires grad) and that is no "
             "input; " + REMEDY.format(name="it")

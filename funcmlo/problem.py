@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
-from funcmlo import _diff, _random, _tree, optim
+from funcmlo import _diff, _random, _tracing, _tree, optim
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed
 from funcmlo.errors import EstimatorError, FuncmloWarning, LossError, ParameterError
@@ -90,13 +90,14 @@ class Problem:
         batch = self.feed(self.first + t)
         with torch.no_grad(), _random.seeded(self._seed_of("solver", t)):
             try:  # on copies, because what leaves torch may be written to unseen
-                found = _diff.call_outside(self.level.solution, params, {**self.fixed, **inputs}, batch)
+                found = _tracing.call_outside(self.level.solution, params, {**self.fixed, **inputs}, batch)
             except RuntimeError as error:
-                if not _diff.transforming() or "data pointer" not in str(error):
+                if not _tracing.transforming():
                     raise
+                why = str(error).splitlines()[0]
                 raise EstimatorError(
-                    f"level '{self.level.name}': its solver leaves torch, which torch.func.vmap cannot map; call it in "
-                    "a loop."
+                    f"level '{self.level.name}': its solver failed under a torch.func transform ({why}); one that "
+                    "leaves torch cannot be mapped by vmap: call it in a loop."
                 ) from error
             if difference := _tree.mismatch(params, found):
                 raise ParameterError(

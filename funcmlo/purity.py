@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from funcmlo import _diff, _tree
+from funcmlo import _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.errors import LossError, listing
 
@@ -29,7 +29,7 @@ def untouched(
     Raises:
         LossError: a function of the user's changed something in place.
     """
-    if _diff.transforming() or torch.is_inference_mode_enabled():
+    if _tracing.transforming() or torch.is_inference_mode_enabled():
         yield
         return
     before = _versions(trees)
@@ -43,4 +43,7 @@ def untouched(
 
 
 def _versions(trees: Mapping[str, Tree]) -> dict[str, list[int]]:
-    return {name: [leaf._version for leaf in _tree.leaves(tree) if isinstance(leaf, Tensor)] for name, tree in trees.items()}
+    return {
+        name: [leaf._version for leaf in _tree.leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_inference()]
+        for name, tree in trees.items()
+    }

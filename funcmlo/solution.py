@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from funcmlo import _diff, _tree
+from funcmlo import _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.describe import compact
 from funcmlo.errors import EstimatorError, FuncmloWarning
@@ -57,9 +57,11 @@ class SolutionMap:
             The solution, a tree like what `find` returns.
 
         Raises:
-            EstimatorError: a traced tensor was closed over.
+            EstimatorError: a traced tensor was closed over, or forward mode asks for a tangent.
             RuntimeError: the solver's own.
         """
+        if any(map(_tracing.carries_tangent, _tree.leaves(inputs))):
+            raise EstimatorError(NO_FORWARD_MODE)
         start, start_structure = _tree.flatten(init)
         leaves, structure = _tree.flatten((constants, inputs))
         call = _Call(self, start_structure, structure, [])
@@ -104,7 +106,7 @@ class _Solution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        call, saved = ctx.call, _diff.alive(ctx.saved_tensors)
+        call, saved = ctx.call, _tracing.alive(ctx.saved_tensors)
         count = call.structure.num_leaves
         constants, inputs = _tree.unflatten(call.structure, saved[:count])
         y = _tree.unflatten(call.found[-1], saved[count:])
@@ -113,7 +115,7 @@ class _Solution(torch.autograd.Function):
                 "torch.autograd's own batched gradients (is_grads_batched=True, vectorize=True) do not reach through a "
                 "solution; use torch.func.jacrev."
             )
-        v = _tree.unflatten(call.found[-1], _diff.alive(cotangents))
+        v = _tree.unflatten(call.found[-1], _tracing.alive(cotangents))
         products = respond(call.map, call.map.at(constants, inputs, y), v)
         none = [None] * (call.start.num_leaves + len(_tree.leaves(constants)))
         return (None, *none, *_tree.leaves({name: products[name] for name in inputs}))
@@ -159,8 +161,11 @@ def _or_nan(owner: str, response: BestResponse, products: dict[str, Tree], stats
         return products
     residual, negative = torch.as_tensor(stats.residual), torch.as_tensor(stats.negative_curvature)
     failed = negative.to(residual.device) | ~(residual <= _DIVERGED)
-    if _diff.transforming():
-        masked: dict[str, Tree] = _tree.map(lambda x: torch.where(failed.to(x.device), torch.nan, x), products)
+    if _tracing.transforming():
+        # A factor, not a choice: the derivatives of a choice's other branch would be zero instead of NaN.
+        masked: dict[str, Tree] = _tree.map(
+            lambda x: x * torch.where(failed, torch.nan, 1.0).to(x.device, x.dtype), products
+        )
         return masked
     if bool(failed):
         why = (
@@ -175,7 +180,7 @@ def _or_nan(owner: str, response: BestResponse, products: dict[str, Tree], stats
     if bool(residual > _UNSOLVED):
         warnings.warn(
             f"{owner}: the linear solve of {compact(response)} stopped at a relative residual of {float(residual):.2g}, so "
-            "the derivative is that far from the solution's; raise its iterations.",
+            "the derivative is that far from the solution's; raise its iterations, or look at the problem's curvature.",
             FuncmloWarning,
             stacklevel=2,
         )

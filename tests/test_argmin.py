@@ -508,7 +508,7 @@ def test_an_outside_solver_is_projected_reads_what_the_loss_declares_and_nests()
         lambda z, x: ((z - by_numpy(torch.zeros(2), x)) ** 2).sum(), torchopt.sgd(0.5), steps=1, response=fm.AID(fm.CG(3))
     )
     assert torch.allclose(torch.func.grad(lambda x: outer(torch.zeros(2), x).sum())(x), torch.ones(2))
-    with pytest.raises(fm.EstimatorError, match=r"its solver leaves torch, which torch.func.vmap cannot map"):
+    with pytest.raises(fm.EstimatorError, match=r"its solver failed under a torch.func transform .* call it in a loop"):
         torch.vmap(lambda x: by_numpy(torch.zeros(2), x))(torch.ones(3, 2))
 
 
@@ -588,3 +588,67 @@ def test_batched_gradients_of_an_older_kind_are_refused() -> None:
     f, x = objective(fm.AID(fm.CG(5, tol=1e-14))), normal(4, seed=3)
     with pytest.raises(fm.EstimatorError, match=r"vectorize=True.*use torch.func.jacrev"):
         torch.autograd.functional.jacobian(f, x, vectorize=True)
+
+
+def test_a_failed_solve_is_nan_in_every_derivative() -> None:
+    solve = fm.argmin(
+        lambda y, x: -(y**2).sum() / 2 - (x * y).sum(), fm.Solver(lambda y, x: -x), steps=1, response=fm.AID(fm.CG(5))
+    )
+
+    def f(x: Tensor) -> Tensor:
+        return (solve(torch.zeros(2), x) ** 2).sum()
+
+    x = torch.ones(2)
+    assert torch.func.grad(f)(x).isnan().all()
+    assert torch.func.jacrev(torch.func.grad(f))(x).isnan().all()
+
+
+def test_an_optimizer_with_a_traced_rate_is_refused() -> None:
+    def f(rate: Tensor) -> Tensor:
+        return fm.argmin(lambda y, x: ((y - x) ** 2).sum(), torchopt.sgd(rate, momentum=0.9), steps=1, response=fm.ITD())(
+            torch.zeros(2), torch.ones(2)
+        ).sum()
+
+    for call in (torch.func.grad(f), autograd(f)):
+        with pytest.raises(fm.EstimatorError, match="which is being differentiated"):
+            call(torch.tensor(0.25))
+
+
+def test_a_batch_is_not_written_to() -> None:
+    solve = fm.argmin(lambda y, batch: ((y - batch.mul_(2)) ** 2).sum(), SGD, steps=1, response=fm.AID(fm.CG(3)))
+    with pytest.raises(fm.LossError, match="argmin: its batch was changed in place"):
+        solve(torch.zeros(2), batch=torch.ones(2))
+    p = fm.Multilevel(fm.Level("y", lambda y, batch: ((y - batch.mul_(2)) ** 2).sum(), SGD))
+    with pytest.raises(fm.LossError, match="the batch of level 'y' was changed in place"):
+        p.step(p.init({"y": torch.zeros(2)}), {"y": torch.ones(2)})
+
+
+def test_tensors_from_inference_mode_and_names_of_every_kind() -> None:
+    with torch.inference_mode():
+        x = torch.ones(2) * 3
+    solve = fm.argmin(
+        lambda y, init, self: ((y - init * self) ** 2).sum(), torchopt.sgd(0.5), steps=1, response=fm.AID(fm.CG(3))
+    )
+    assert torch.equal(solve(x * 0, init=x, self=torch.ones(2)), x + 0)
+    gradient = torch.func.grad(lambda at: solve(x, at, x).sum())(torch.ones(2))
+    assert torch.allclose(gradient, torch.full((2,), 3.0))
+    with (
+        torch.inference_mode(),
+        pytest.raises(fm.EstimatorError, match=r"init makes parameters .* torch.inference_mode forbids"),
+    ):
+        fm.Multilevel(fm.Level("y", lambda y: (y**2).sum(), SGD)).init({"y": torch.zeros(2)})
+
+
+def test_nothing_is_refused_where_nothing_is_differentiated() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    solve = fm.argmin(lambda y: ((y - weight) ** 2).sum(), torchopt.sgd(0.5), steps=1, response=fm.ITD())
+    with torch.no_grad():
+        assert torch.equal(solve(torch.zeros(2)), torch.ones(2))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_forward_mode_over_a_map_is_refused() -> None:
+    solve = fm.argmin(loss, SGD, steps=2, response=fm.AID(fm.CG(3)))
+    mapped = torch.vmap(lambda x: solve(torch.zeros(3).double(), x))
+    with pytest.raises(fm.EstimatorError, match="no forward-mode derivative"):
+        torch.func.jvp(mapped, (normal(2, 4),), (normal(2, 4),))

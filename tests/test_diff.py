@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from funcmlo import _diff, _tree
+from funcmlo import _diff, _tracing, _tree
 from funcmlo.operators import ravel
 from tests.registry import structures, vector_like
 
@@ -22,7 +22,7 @@ def under_vmap(function):
     box = {}
 
     def mapped(_):
-        box["transforming"] = _diff.transforming()
+        box["transforming"] = _tracing.transforming()
         return [leaf for leaf in _tree.leaves(function()) if isinstance(leaf, torch.Tensor)]
 
     answer = torch.func.vmap(mapped)(torch.zeros(1))
@@ -97,7 +97,7 @@ def test_what_does_not_depend_is_zero_and_known() -> None:
 
 def test_transforms_that_differentiate_are_told_from_vmap() -> None:
     seen = []
-    torch.func.vmap(lambda x: seen.append((_diff.transforming(), _diff.differentiating())) or x)(torch.zeros(2))
-    torch.func.grad(lambda x: seen.append((_diff.transforming(), _diff.differentiating())) or x)(torch.zeros(()))
+    torch.func.vmap(lambda x: seen.append((_tracing.transforming(), _tracing.differentiating())) or x)(torch.zeros(2))
+    torch.func.grad(lambda x: seen.append((_tracing.transforming(), _tracing.differentiating())) or x)(torch.zeros(()))
     assert seen == [(True, False), (True, True)]
-    assert not _diff.transforming()
+    assert not _tracing.transforming()

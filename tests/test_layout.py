@@ -17,6 +17,7 @@ ORDER = [
     "errors",
     "_tree",
     "_random",
+    "_tracing",
     "_diff",
     "operators",
     "linear.base",

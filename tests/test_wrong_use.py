@@ -307,6 +307,11 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         P,
         r"has no argument batch, but one came",
     ),
+    "a fixed point with a batch for each step": (
+        lambda: fm.fixed_point(lambda y, batch: y, steps=1, response=fm.ITD())(ZERO, batch=lambda t: ZERO),
+        P,
+        r"the batch is a function, but all iterations take one batch",
+    ),
     "a fixed point without its batch": (
         lambda: fm.fixed_point(lambda y, batch: y, steps=1, response=fm.ITD())(ZERO),
         P,

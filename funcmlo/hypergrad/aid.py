@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from funcmlo import _diff, _tree
+from funcmlo import _diff, _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.errors import DefinitionError
 from funcmlo.hypergrad.base import BestResponse, Claims, Closed, Requires, Solved, Stats
@@ -74,7 +74,7 @@ class AID(BestResponse):
         constants, condition = _condition(solved)
         y, x = solved.params, solved.inputs
         system = System(self.solver, condition, symmetric=solved.condition is None)
-        again = _diff.recording(constants, y, x, cotangent)
+        again = _tracing.recording(constants, y, x, cotangent)
 
         def body(operator: Operator, pullback: _diff.Pullback) -> Tree:
             # Outside of other derivatives one graph serves the products with the curvature and the cross product.

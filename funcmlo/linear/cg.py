@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from funcmlo import _diff, _tree
+from funcmlo import _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.errors import DefinitionError, EstimatorError
 from funcmlo.linear.base import LinearSolver, Solution, check_iterations
@@ -133,4 +133,4 @@ _FLAT = 64
 
 def _may_stop(active: torch.Tensor) -> bool:
     """Say whether to leave the loop: asking is free on a CPU, waits for a GPU, and is impossible for traced values."""
-    return not _diff.transforming() and active.device.type == "cpu" and not bool(active)
+    return not _tracing.transforming() and active.device.type == "cpu" and not bool(active)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from funcmlo import _diff, _tree
+from funcmlo import _diff, _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.errors import EstimatorError
 from funcmlo.linear.base import LinearSolver, Solution
@@ -136,11 +136,11 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        call, saved = ctx.call, _diff.alive(ctx.saved_tensors)
+        call, saved = ctx.call, _tracing.alive(ctx.saved_tensors)
         count = call.structure.num_leaves
         constants, y, x, v = _tree.unflatten(call.structure, saved[:count])
         w = _tree.unflatten(_tree.structure(v), saved[count:])
-        g = _tree.unflatten(_tree.structure(v), _diff.alive(cotangents[:-4]))
+        g = _tree.unflatten(_tree.structure(v), _tracing.alive(cotangents[:-4]))
         system: System = call.system
         other = replace(system, transposed=not system.transposed)
         u = solve(other, constants, y, x, g).value

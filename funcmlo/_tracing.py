@@ -1,0 +1,107 @@
+"""What is being traced: which torch.func transforms are active, and which tensors somebody differentiates.
+
+The only place that asks functorch about its levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+
+from funcmlo import _tree
+from funcmlo._tree import Tree
+
+
+def transforming() -> bool:
+    """Say whether a torch.func transform (grad, vjp, jvp, vmap) or forward mode is active: values may be traced."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or _forward_mode()
+
+
+def differentiating() -> bool:
+    """Say whether a torch.func transform that differentiates (grad, vjp, jvp) is active; vmap alone does not."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return _forward_mode() or any(i.key() != torch._C._functorch.TransformType.Vmap for i in stack)
+
+
+def _forward_mode() -> bool:
+    """Whether tangents are carried along (`torch.autograd.forward_ad`, which torch.func's jvp uses too)."""
+    return bool(forward_ad._current_level >= 0)
+
+
+def traced(x: Tensor) -> bool:
+    """Say whether a tensor is part of something that is being differentiated, by autograd or by a torch.func transform."""
+    while not (x.requires_grad or _has_tangent(x)):
+        if not torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)  # below a map there may be a tensor that is differentiated
+    return True
+
+
+def carries_tangent(x: Tensor) -> bool:
+    """Say whether forward mode carries a tangent along with a tensor, below maps too."""
+    while not _has_tangent(x):
+        if not torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = torch._C._functorch.get_unwrapped(x)
+    return True
+
+
+def _has_tangent(x: Tensor) -> bool:
+    if not _forward_mode() or torch._C._functorch.is_batchedtensor(x):
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def call_outside(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function on copies of its arguments' tensors, outside of every transform, where they may leave torch.
+
+    Args:
+        function: what is called; it is not differentiated.
+        *arguments: trees of anything.
+
+    Returns:
+        What it returns; under a map, which nothing can leave, it is called inside.
+    """
+    arguments = _tree.map_tensors(lambda x: _untracked(x.detach().clone()), arguments)
+    leaves = [x for x in _tree.leaves(arguments) if isinstance(x, Tensor)]
+    with torch.no_grad():
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves) or not transforming():
+            return function(*arguments)
+        with temporarily_clear_interpreter_stack():
+            return function(*arguments)
+
+
+def _untracked(x: Tensor) -> Tensor:
+    """A detached tensor outside of the levels that differentiate it; what a map batches stays batched."""
+    while torch._C._functorch.is_gradtrackingtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
+def alive(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors that a backward pass was given, taken out of a level that is over.
+
+    `torch.func.vjp` hands out a function that is called when its level is closed; what was saved there is still wrapped.
+    """
+    return [torch._C._functorch.unwrap_if_dead(x) for x in tensors]
+
+
+def recording(*trees: Tree) -> bool:
+    """Say whether what is computed from these trees is going to be differentiated by someone outside.
+
+    Below a map a tangent cannot be seen, so in forward mode the answer is True.
+
+    Args:
+        *trees: trees whose leaves may be anything.
+
+    Returns:
+        Whether someone is.
+    """
+    if _forward_mode():
+        return True
+    return torch.is_grad_enabled() and any(traced(x) for x in _tree.leaves(trees) if isinstance(x, Tensor))
