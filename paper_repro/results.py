@@ -16,6 +16,15 @@ import torchopt
 
 import funcmlo
 
+FIGURE_STYLE: dict[str, Any] = {
+    "font.size": 11,
+    "axes.titlesize": 11.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 150,
+}
+"""How the experiments' figures look."""
+
 
 def environment() -> dict[str, Any]:
     """Return the versions and the kind of machine that numbers depend on."""

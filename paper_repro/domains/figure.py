@@ -13,6 +13,7 @@ import torch
 from paper_repro.data import Dataset
 from paper_repro.domains.styles import SOURCES, TARGET, restyle
 from paper_repro.domains.taylor import SIZES
+from paper_repro.results import FIGURE_STYLE
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -38,14 +39,7 @@ def draw_figure(path: Path, data: Dataset, outcomes: Sequence[Any]) -> Path:
     """
     names = list(dict.fromkeys(o.method for o in outcomes))
     seeds = len({o.seed for o in outcomes})
-    style = {
-        "font.size": 11,
-        "axes.titlesize": 11.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "figure.dpi": 150,
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(FIGURE_STYLE):
         figure, (left, middle, right) = plt.subplots(
             1, 3, figsize=(15, 5.2), width_ratios=(1.1, 1, 0.9), layout="constrained"
         )

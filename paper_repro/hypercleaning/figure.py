@@ -12,6 +12,7 @@ from einops import rearrange
 
 from paper_repro.data import Dataset
 from paper_repro.hypercleaning.problem import Cleaning
+from paper_repro.results import FIGURE_STYLE
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -36,14 +37,7 @@ def draw_figure(path: Path, data: Dataset, problem: Cleaning, outcomes: Sequence
     """
     methods = [o for o in outcomes if o.weights is not None]
     best = max(methods, key=lambda o: o.auc)
-    style = {
-        "font.size": 11,
-        "axes.titlesize": 11.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "figure.dpi": 150,
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(FIGURE_STYLE):
         figure, (left, middle, right) = plt.subplots(
             1, 3, figsize=(14, 4.4), width_ratios=(1.25, 1, 0.75), layout="constrained"
         )
