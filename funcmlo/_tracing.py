@@ -91,6 +91,11 @@ def alive(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch._C._functorch.unwrap_if_dead(x) for x in tensors]
 
 
+def batched_by_autograd(x: Tensor) -> bool:
+    """Say whether a cotangent is a batch of torch.autograd's own making (`is_grads_batched=True`, `vectorize=True`)."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(x))
+
+
 def recording(*trees: Tree) -> bool:
     """Say whether what is computed from these trees is going to be differentiated by someone outside.
 

@@ -168,11 +168,6 @@ class Graph:
         lower = {low for _, low in self.u2l} | {low for low, _ in self.l2u}
         return tuple(name for name in self.levels if name not in lower)
 
-    def users(self, name: str) -> tuple[str, ...]:
-        """Return the levels whose hypergradient runs through a level's best response, lowest first."""
-        self.check(name)
-        return tuple(k for k in self.levels if name in self.responding(k))
-
     def check(self, name: str) -> None:
         """Raise unless a level has this name.
 

@@ -119,8 +119,8 @@ class Multilevel:
 
         Returns:
             The new state, and metrics by level, of its last inner loop: `cost` (at the last update, before it), `costs` (at
-            all of them), `aux`; for a level with levels below it also `gradient_norm` and `stats` (by lower level) of the
-            last update's hypergradient.
+            all of them), `aux`; for a level with levels below it and for a top level also `gradient_norm` and `stats` (by
+            lower level) of the last update's hypergradient.
 
         Raises:
             FuncmloError: the state, a batch, a loss's value or a response's answer is not as expected, or something

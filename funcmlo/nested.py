@@ -250,8 +250,9 @@ class Nest:
             self.events.append(Event(name, costs[-1:], None if params is None else _tree.finite(params)))
             return
         folded = replace(folded, gradient=_tree.detach(folded.gradient), cost=costs[-1], aux=_tree.detach(folded.aux))
-        above = name in self.needs.needed and self.below[name]
-        self.outcomes[name] = Outcome(costs, folded.aux, folded if above else None)
+        # As along paths: told for levels that others run for, and for top levels, which run for no one.
+        alone = not any(name in below for below in self.below.values())
+        self.outcomes[name] = Outcome(costs, folded.aux, folded if self.below[name] or alone else None)
         flags = None if params is None else _tree.finite(params), _tree.finite(folded.gradient)
         self.events.append(Event(name, costs[-1:], *flags, folded.stats))
 

@@ -1,8 +1,8 @@
 """The order of one outer step: which inner loops run before which updates.
 
 Before each update of a level, every level directly below it runs one inner loop of its `steps` updates, each of which
-asks the same of the levels below that one: a level steps when all levels below it have made their steps. A loop that
-several levels need before one and the same update runs once. An outer step makes every top level's updates so.
+asks the same of the levels below that one: a level steps when all levels below it have made their steps. Along paths, a
+loop that several levels need before one and the same update runs once. An outer step makes every top level's updates so.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class _Solution(torch.autograd.Function):
         count = call.structure.num_leaves
         constants, inputs = _tree.unflatten(call.structure, saved[:count])
         y = _tree.unflatten(call.found[-1], saved[count:])
-        if any(torch._C._functorch.is_legacy_batchedtensor(x) for x in cotangents):
+        if any(map(_tracing.batched_by_autograd, cotangents)):
             raise EstimatorError(
                 "torch.autograd's own batched gradients (is_grads_batched=True, vectorize=True) do not reach through a "
                 "solution; use torch.func.jacrev."

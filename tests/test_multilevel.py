@@ -206,8 +206,10 @@ def test_maximize_is_the_negative_cost() -> None:
     assert torch.equal(rising["y"]["cost"], -falling["y"]["cost"])
 
 
-def test_a_single_level_is_plain_training() -> None:
-    p = fm.Multilevel(fm.Level("w", lambda w, batch: ((w - batch) ** 2).sum(), torchopt.sgd(0.25)))
+@pytest.mark.parametrize("composition", ["paths", "nested"])
+def test_a_single_level_is_plain_training(composition: str) -> None:
+    level = fm.Level("w", lambda w, batch: ((w - batch) ** 2).sum(), torchopt.sgd(0.25))
+    p = fm.Multilevel(level, composition=composition)
     state, metrics = p.step(p.init({"w": torch.tensor([2.0])}), {"w": torch.tensor([1.0])})
     assert torch.equal(state.params["w"], torch.tensor([1.5]))
     assert metrics["w"]["stats"] == {}
