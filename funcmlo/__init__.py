@@ -17,6 +17,7 @@ from funcmlo.hypergrad import AID, ITD, BestResponse, Claims, FiniteDifference, 
 from funcmlo.level import Level
 from funcmlo.linear import CG, Direct, LinearSolver, Neumann
 from funcmlo.multilevel import Multilevel
+from funcmlo.operators import Operator
 from funcmlo.schedule import Schedule
 from funcmlo.solver import Solver
 from funcmlo.state import State
@@ -44,6 +45,7 @@ __all__ = [
     "Multilevel",
     "Neumann",
     "NonFiniteError",
+    "Operator",
     "ParameterError",
     "Schedule",
     "Solved",

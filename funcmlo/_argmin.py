@@ -16,8 +16,9 @@ from funcmlo._random import checked_seed
 from funcmlo._tree import Tree
 from funcmlo.batches import feeds
 from funcmlo.errors import BatchError, DefinitionError, EstimatorError, FuncmloWarning, listing
-from funcmlo.hypergrad.base import BestResponse, Closed, Solved
+from funcmlo.hypergrad.base import BestResponse
 from funcmlo.hypergrad.itd import ITD
+from funcmlo.hypergrad.solved import Closed, Solved
 from funcmlo.level import Level
 from funcmlo.problem import Problem
 from funcmlo.solution import SolutionMap

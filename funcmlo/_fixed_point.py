@@ -14,9 +14,10 @@ from funcmlo import _random, _tracing, _tree, operands
 from funcmlo._tree import Tree
 from funcmlo.errors import DefinitionError, EstimatorError, ParameterError
 from funcmlo.hypergrad.aid import AID
-from funcmlo.hypergrad.base import BestResponse, Closed, Solved
+from funcmlo.hypergrad.base import BestResponse
 from funcmlo.hypergrad.finite_difference import FiniteDifference
 from funcmlo.hypergrad.itd import ITD
+from funcmlo.hypergrad.solved import Closed, Solved
 from funcmlo.signature import BATCH, Call, read_call
 from funcmlo.solution import SolutionMap
 from funcmlo.solver import STATELESS

@@ -155,7 +155,7 @@ def compact(value: Any) -> str:
         return repr(value)
     written: list[str] = []
     by_position = True
-    for f in dataclasses.fields(value):
+    for f in sorted(dataclasses.fields(value), key=lambda f: f.kw_only is True):
         if not f.init or not f.repr:
             continue
         x = getattr(value, f.name)

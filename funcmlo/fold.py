@@ -19,7 +19,9 @@ from funcmlo import _diff, _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.errors import EstimatorError, FuncmloWarning, listing
 from funcmlo.graph import Graph
-from funcmlo.hypergrad.base import BestResponse, Solved, Stats
+from funcmlo.hypergrad.base import BestResponse
+from funcmlo.hypergrad.solved import Solved
+from funcmlo.hypergrad.stats import Stats
 from funcmlo.problem import Problem
 
 

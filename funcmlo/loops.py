@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,12 +16,13 @@ from funcmlo.batches import Feed, forget
 from funcmlo.finite import Event
 from funcmlo.fold import Folded, total_gradient
 from funcmlo.graph import Graph
-from funcmlo.hypergrad.base import Requires, Solved
+from funcmlo.hypergrad.base import Requires
+from funcmlo.hypergrad.solved import Keep, Solved, Standing
 from funcmlo.level import Level
 from funcmlo.problem import Problem
 from funcmlo.schedule import Loop, whole
 from funcmlo.state import State
-from funcmlo.unroll import Passage, Standing
+from funcmlo.unroll import Passage, kept
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Walk:
             loop = whole(loop, loop.steps)
         if level.roll_back:
             self.returning[name] = (loop, self._standing(name), self.state.step[name])
-        self._loop(loop, self._requires(name))
+        self._loop(loop, self._requires(name), self._keep(name, loop.steps))
 
     def finish(self) -> None:
         """Make the roll-backs that are still due, the highest level's first: it runs those below it."""
@@ -109,19 +112,19 @@ class Walk:
         feed = self.feeds.get(name, no_batch)  # of a level that only begins, no batch is asked
         return Problem(self.levels[name], feed, self.state.seed, self.state.step[name])
 
-    def _loop(self, loop: Loop, requires: Requires) -> None:
+    def _loop(self, loop: Loop, requires: Requires, keep: Keep = Keep()) -> None:  # ruff: ignore[function-call-in-default-argument]  frozen
         name = loop.level
         problem, standing = self.problem(name), self._standing(name)
         forget(problem.feed, problem.first)
         if loop.first or loop.later or name in self.graph.tops:  # a top level's gradient is told in the metrics
-            self._interleaved(loop, problem, standing, requires)
+            self._interleaved(loop, problem, standing, requires, keep)
             return
-        run = unroll.run(problem, standing, self._inputs(name), loop.steps, requires)
+        run = unroll.run(problem, standing, self._inputs(name), loop.steps, requires, keep)
         self.solved[name] = run.solved
         self._put(name, (run.solved.params, run.solved.opt_state), loop.steps)
         self._note(name, run.costs, run.solved.params, None, run.aux)
 
-    def _interleaved(self, loop: Loop, problem: Problem, standing: Standing, requires: Requires) -> None:
+    def _interleaved(self, loop: Loop, problem: Problem, standing: Standing, requires: Requires, keep: Keep) -> None:
         """The loop of a level with levels below it: their loops before each update, a hypergradient for each update."""
         name = loop.level
         if loop.begins_before and loop.steps:
@@ -132,14 +135,16 @@ class Walk:
             self.begin(name)
         inputs, begin = self._inputs(name), self._standing(name)
         passages: list[Passage] = []
-        states, costs = [begin], list[Tensor]()
+        states, costs, stays = [begin], list[Tensor](), dict[int, Standing]()
         for t in range(loop.steps):
             for inner in loop.later if t else ():
                 self.run(inner)
             inputs = self._inputs(name)
+            if t in keep.before:
+                stays[t] = kept(self._standing(name), keep)
             cost, indirect = self._update(problem, inputs, t, costs)
             costs.append(cost)
-            if requires != "solution":  # only then is the step run again
+            if requires != "solution" or t in keep.before:  # only then is the step run again
                 passages.append(Passage(inputs, indirect))
             elif not problem.level.roll_back:
                 forget(problem.feed, problem.first + t)
@@ -147,9 +152,9 @@ class Walk:
                 states.append(self._standing(name))
         end = self._standing(name)
         self._put(name, end, loop.steps)
-        passages = passages or [Passage(inputs)] * loop.steps
+        passages = [Passage(inputs)] * (loop.steps - len(passages)) + passages
         again = states if requires == "trajectory" else ()
-        self.solved[name] = unroll.hand_over(problem, standing, begin, end, passages, inputs, states=again)
+        self.solved[name] = unroll.hand_over(problem, standing, begin, end, passages, inputs, states=again, stays=stays)
 
     def _update(
         self, problem: Problem, inputs: dict[str, Tree], t: int, costs: Sequence[Tensor]
@@ -193,6 +198,11 @@ class Walk:
         """What the estimators of the levels above need of a level's inner loop."""
         asked = {self.levels[name].response_for(upper).requires for upper in self.users[name]}
         return next((kind for kind in _STRONGEST_FIRST if kind in asked), "solution")
+
+    def _keep(self, name: str, steps: int) -> Keep:
+        """The standings of a level's inner loop that the estimators of the levels above want kept."""
+        wanted = (self.levels[name].response_for(upper).keep(steps) for upper in self.users[name])
+        return functools.reduce(operator.or_, wanted, Keep())
 
     def _inputs(self, name: str) -> dict[str, Tree]:
         return {source: self.state.params[source] for source in self.levels[name].reads_levels}

@@ -25,15 +25,17 @@ from funcmlo.dependence import Dependence
 from funcmlo.errors import EstimatorError
 from funcmlo.finite import Event
 from funcmlo.fold import Folded
-from funcmlo.hypergrad.base import BestResponse, Solved, Stats
+from funcmlo.hypergrad.base import BestResponse
 from funcmlo.hypergrad.itd import ITD, NO_STEPS
+from funcmlo.hypergrad.solved import Solved, Standing
+from funcmlo.hypergrad.stats import Stats
 from funcmlo.level import Level
 from funcmlo.loops import Outcome, no_batch
 from funcmlo.problem import Problem
 from funcmlo.schedule import Loop
 from funcmlo.solution import SolutionMap
 from funcmlo.state import State
-from funcmlo.unroll import Standing, hand_over
+from funcmlo.unroll import hand_over
 
 Values = dict[str, Tree]
 """Parameters by level name, some of them being differentiated."""

@@ -20,11 +20,16 @@ class Operator:
         matvec: the product.
         like: a tree of the space that H acts on.
         symmetric: whether H = Hᵀ.
+        transpose: u ↦ Hᵀu of an H that is not symmetric, for the solvers that need it; None where it is not known.
+        adapt: v ↦ −(∂u/∂g)ᵀ v, what the level's optimizer u(g) makes of a gradient, for `OptimizerIdentity`; None where
+            there is no optimizer.
     """
 
     matvec: Callable[[Tree], Tree]
     like: Tree
     symmetric: bool = True
+    transpose: Callable[[Tree], Tree] | None = None
+    adapt: Callable[[Tree], Tree] | None = None
 
     def __call__(self, u: Tree) -> Tree:
         """Return Hu."""

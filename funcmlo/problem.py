@@ -14,8 +14,9 @@ from torchopt.base import GradientTransformation
 from funcmlo import _diff, _random, _tracing, _tree, optim
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed
-from funcmlo.errors import EstimatorError, FuncmloWarning, LossError, ParameterError
+from funcmlo.errors import DefinitionError, EstimatorError, FuncmloWarning, LossError, ParameterError, listing
 from funcmlo.level import Level
+from funcmlo.signature import BATCH, Call
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,31 @@ class Problem:
             returned = self.level.cost(params, {**self.fixed, **inputs}, batch)
         value, aux = _checked_cost(self.level.name, returned)
         return (-value if self.level.maximize else value), aux
+
+    def evaluate(self, call: Call, first: Tree, inputs: Mapping[str, Tree], t: int) -> Any:
+        """Evaluate another function of the level's arguments, under the batch and the randomness of step first + t.
+
+        Args:
+            call: the function with what it reads.
+            first: its first argument.
+            inputs: the parameters of the levels that the level reads.
+            t: the step's number within this call.
+
+        Returns:
+            What it returns.
+
+        Raises:
+            DefinitionError: it reads what the level does not.
+        """
+        step = self.first + t
+        values = {**self.fixed, **inputs, BATCH: self.feed(step)}
+        if unknown := [source for source in call.sources if source not in values]:
+            raise DefinitionError(
+                f"level '{self.level.name}': {call.function!r} reads {listing(map(repr, unknown))}, which the level's loss "
+                f"does not; it can read {listing(values)}."
+            )
+        with _random.seeded(_random.step_seed(self.seed, self.level.name, step)):
+            return call(first, values=values)
 
     def update(
         self, params: Tree, opt_state: Tree, inputs: dict[str, Tree], t: int, correction: Tree = None

@@ -18,7 +18,9 @@ from funcmlo import _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.describe import compact
 from funcmlo.errors import EstimatorError, FuncmloWarning
-from funcmlo.hypergrad.base import BestResponse, Solved, Stats
+from funcmlo.hypergrad.base import BestResponse
+from funcmlo.hypergrad.solved import Solved
+from funcmlo.hypergrad.stats import Stats
 from funcmlo.linear.differentiable import NO_FORWARD_MODE
 
 REMEDY = (

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funcmlo import _diff, _tree
+from funcmlo import _diff, _random, _tree
 from funcmlo._tree import Tree
 from funcmlo.batches import forget
-from funcmlo.hypergrad.base import Requires, Solved, Trajectory
+from funcmlo.hypergrad.base import Requires
+from funcmlo.hypergrad.solved import Keep, Parts, Solved, Standing, Trajectory
 from funcmlo.problem import Problem
-
-Standing = tuple[Tree, Tree]
-"""A level's parameters and its optimizer's state."""
+from funcmlo.signature import Call
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,28 @@ class Replayed:
         return products
 
 
-def run(problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: int, requires: Requires = "solution") -> Run:
+def kept(standing: Standing, keep: Keep) -> Standing:
+    """Return a standing as it is kept: values only, in the CPU's memory if that is asked.
+
+    Args:
+        standing: parameters and optimizer state.
+        keep: what is asked.
+
+    Returns:
+        The standing.
+    """
+    standing = _tree.detach(standing)
+    return _tree.map_tensors(Tensor.cpu, standing) if keep.on_cpu else standing
+
+
+def run(
+    problem: Problem,
+    standing: Standing,
+    inputs: dict[str, Tree],
+    steps: int,
+    requires: Requires = "solution",
+    keep: Keep = Keep(),  # ruff: ignore[function-call-in-default-argument]  frozen
+) -> Run:
     """Run the inner loop of a level with no level below it, and hand over its solution.
 
     Args:
@@ -92,10 +112,12 @@ def run(problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: in
         inputs: the parameters of the levels that it reads, plain values.
         steps: the number of updates; with 0 the level is taken to be solved where it stands.
         requires: what the estimators need of it; for `"trajectory"` the loop is recorded.
+        keep: which standings they want kept.
 
     Returns:
         The solved level.
     """
+    stays: dict[int, Standing] = {}
 
     def loop(inputs: dict[str, Tree]) -> tuple[Tree, tuple[Any, ...]]:
         y, s = problem.start(inputs, *standing) if steps else standing
@@ -103,6 +125,8 @@ def run(problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: in
         costs: list[Tensor] = []
         aux: dict[str, Any] = {}
         for t in range(steps):
+            if t in keep.before:
+                stays[t] = kept((y, s), keep)
             y, s, cost, aux = problem.update(y, s, inputs, t)
             costs.append(cost)
             if requires == "trajectory":
@@ -118,7 +142,7 @@ def run(problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: in
     else:
         with torch.no_grad():
             y, (s, states, costs, aux) = loop(inputs)
-    solved = hand_over(problem, standing, states[0], (y, s), [Passage(inputs)] * steps, inputs, trajectory)
+    solved = hand_over(problem, standing, states[0], (y, s), [Passage(inputs)] * steps, inputs, trajectory, stays=stays)
     return Run(solved, costs, aux)
 
 
@@ -131,6 +155,7 @@ def hand_over(
     inputs: dict[str, Tree],
     trajectory: Trajectory | None = None,
     states: Sequence[Standing] = (),
+    stays: Mapping[int, Standing] | None = None,
 ) -> Solved:
     """Put a finished inner loop into the form that estimators see.
 
@@ -143,6 +168,7 @@ def hand_over(
         inputs: the inputs at the last step.
         trajectory: the recorded run, if it was recorded.
         states: the run's states, if it is to be run again where an estimator asks for its trajectory.
+        stays: the standings that were kept.
 
     Returns:
         The solved level.
@@ -151,9 +177,9 @@ def hand_over(
     # Without inner steps the last step ever made is the one whose batch and randomness are bound.
     last = steps - 1 if steps else (-1 if problem.first else 0)
 
-    def seen(x: dict[str, Tree], t: int) -> dict[str, Tree]:
+    def seen(x: dict[str, Tree], t: int | None) -> dict[str, Tree]:
         """The inputs of step t, moved as x is moved away from the last step's: exactly theirs at x = inputs."""
-        then = passages[t].inputs if passages else inputs
+        then = passages[t].inputs if passages and t is not None else inputs
         return {
             name: tree if then[name] is inputs[name] else _tree.add(then[name], _tree.subtract(tree, inputs[name]))
             for name, tree in x.items()
@@ -162,9 +188,23 @@ def hand_over(
     def loss(at: Tree, x: dict[str, Tree], draw: int | None = None) -> Tensor:
         return problem.cost(at, x, last if draw is None else last + 1 + draw)[0]
 
-    def update(at: Tree, state: Tree, x: dict[str, Tree], t: int) -> Standing:
-        return problem.update(at, state, seen(x, t), t, passages[t].correction)[:2]
+    def number(t: int | None) -> int:
+        return last if t is None else t
 
+    def correction(t: int | None) -> Tree:
+        return passages[number(t)].correction if passages else None
+
+    def update(at: Tree, state: Tree, x: dict[str, Tree], t: int | None = None) -> Standing:
+        return problem.update(at, state, seen(x, t), number(t), correction(t))[:2]
+
+    def apply(at: Tree, state: Tree, x: dict[str, Tree], gradient: Tree, t: int | None) -> Standing:
+        whole = gradient if correction(t) is None else _tree.add(gradient, correction(t))
+        return problem.apply(at, state, seen(x, t), whole, number(t))
+
+    def evaluate(call: Call, first: Tree, x: dict[str, Tree], draw: int | None = None) -> Any:
+        return problem.evaluate(call, first, x, last if draw is None else last + 1 + draw)
+
+    parts = Parts(cost=lambda at, x, t: problem.cost(at, seen(x, t), number(t))[0], apply=apply)
     solved = Solved(
         params=end[0],
         opt_state=end[1],
@@ -176,5 +216,9 @@ def hand_over(
         start=lambda x: problem.start(seen(x, 0), *standing),
         optimizer=problem.optimizer(inputs),
         trajectory=trajectory,
+        parts=None if problem.level.has_solver else parts,
+        evaluate=evaluate,
+        kept=stays or {},
+        seed=_random.step_seed(problem.seed, f"{problem.level.name}.response", problem.first + last),
     )
     return replace(solved, trajectory=Replayed(tuple(states), solved)) if states and steps else solved

@@ -255,7 +255,7 @@ def test_a_solver_is_told_that_the_hessian_is_symmetric() -> None:
     seen = []
 
     class Spy(fm.LinearSolver):
-        def solve(self, operator, rhs):
+        def compute(self, operator, prepared, rhs, start):
             seen.append(operator)
             return fm.Direct().solve(operator, rhs)
 

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 from funcmlo import _diff, _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.errors import DefinitionError
-from funcmlo.hypergrad.base import BestResponse, Claims, Closed, Requires, Solved, Stats
+from funcmlo.hypergrad.base import BestResponse, Claims, Requires
+from funcmlo.hypergrad.solved import Closed, Solved
+from funcmlo.hypergrad.stats import Stats
 from funcmlo.linear.base import LinearSolver
 from funcmlo.linear.differentiable import Condition, System, solve
 from funcmlo.operators import Operator

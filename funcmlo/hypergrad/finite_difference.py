@@ -12,7 +12,9 @@ from torch import Tensor
 from funcmlo import _diff, _tree
 from funcmlo._tree import Tree
 from funcmlo.errors import DefinitionError
-from funcmlo.hypergrad.base import BestResponse, Claims, Requires, Solved, Stats
+from funcmlo.hypergrad.base import BestResponse, Claims, Requires
+from funcmlo.hypergrad.solved import Solved
+from funcmlo.hypergrad.stats import Stats
 
 
 @dataclass(frozen=True)

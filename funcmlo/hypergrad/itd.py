@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 from funcmlo._tree import Tree
 from funcmlo.errors import EstimatorError
-from funcmlo.hypergrad.base import BestResponse, Claims, Requires, Solved, Stats
+from funcmlo.hypergrad.base import BestResponse, Claims, Requires
+from funcmlo.hypergrad.solved import Solved
+from funcmlo.hypergrad.stats import Stats
 
 NO_STEPS = (
     "ITD differentiates the inner steps, but none were made (steps=0 or solve=False); use AID, which needs the solution "

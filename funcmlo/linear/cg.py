@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from funcmlo import _tracing, _tree
+from funcmlo import _tree
 from funcmlo._tree import Tree
-from funcmlo.errors import DefinitionError, EstimatorError
-from funcmlo.linear.base import LinearSolver, Solution, check_iterations
+from funcmlo.linear.base import LinearSolver, Solution, may_stop
+from funcmlo.linear.checks import check_iterations, check_not_negative
+from funcmlo.linear.preconditioner import Preconditioner, check_preconditioner, preconditioning
 from funcmlo.operators import Operator
 
 
@@ -28,7 +29,8 @@ class CG(LinearSolver):
         tol: stop when ‖v − Hw‖ ≤ tol · ‖v‖; never less than two machine epsilons. The residual is the recursion's own:
             where H is ill-conditioned for the dtype, the true one is larger.
         damping: λ ≥ 0.
-        preconditioner: a symmetric positive definite map r ↦ M⁻¹r on trees; None for the identity.
+        preconditioner: a symmetric positive definite map r ↦ M⁻¹r on trees, or what makes one from H, such as
+            `Nystrom(10)`; None for the identity.
 
     Raises:
         DefinitionError: a setting is out of its range.
@@ -49,38 +51,41 @@ class CG(LinearSolver):
     iterations: int
     tol: float = 1e-10
     damping: float = 0.0
-    preconditioner: Callable[[Tree], Tree] | None = None
+    preconditioner: Callable[[Tree], Tree] | Preconditioner | None = None
 
     symmetric_only: ClassVar[bool] = True
+    goes_on: ClassVar[bool] = True
+    knob: ClassVar[str | None] = "iterations"
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
         check_iterations("CG", self.iterations)
-        if not (self.tol >= 0 and 0 <= self.damping < math.inf):
-            raise DefinitionError(f"CG(tol={self.tol!r}, damping={self.damping!r}): expected numbers that are not negative.")
-        if self.preconditioner is not None and not callable(self.preconditioner):
-            raise DefinitionError(
-                f"CG(preconditioner={self.preconditioner!r}): expected a function from a tree to a tree, or None."
-            )
+        check_not_negative("CG", tol=self.tol, damping=self.damping)
+        check_preconditioner("CG", self.preconditioner)
 
-    def solve(self, operator: Operator, rhs: Tree) -> Solution:
+    def prepare(self, operator: Operator) -> Callable[[Tree], Tree]:
+        """Return the preconditioner as a map.
+
+        Args:
+            operator: H.
+
+        Returns:
+            r ↦ M⁻¹r.
+        """
+        return preconditioning(self.preconditioner, operator)
+
+    def compute(self, operator: Operator, prepared: Callable[[Tree], Tree], rhs: Tree, start: Tree) -> Solution:
         """Solve (H + λI) w = v; no iteration depends on data under a torch.func transform or on a GPU.
 
         Args:
             operator: H, symmetric.
+            prepared: the preconditioner.
             rhs: v.
+            start: where to go on from, at one product more; zero is taken instead where that is nearer.
 
         Returns:
             w with its statistics; a zero v gives zero at once.
-
-        Raises:
-            EstimatorError: H is not symmetric.
         """
-        if not operator.symmetric:
-            raise EstimatorError(
-                "CG solves symmetric systems, and this one (a fixed point's I − ∂Φ) is not; use Neumann(…, scale=1.0), "
-                "which sums the map's own powers, or Direct()."
-            )
         epsilon = _tree.coarsest_epsilon(rhs)
         rounding = min(_FLAT * epsilon, epsilon**0.75)
         target = max(self.tol, 2 * epsilon)
@@ -88,49 +93,59 @@ class CG(LinearSolver):
         v_norm = _tree.norm(rhs)
         active = v_norm > torch.finfo(v_norm.dtype).tiny
         r = _tree.scale(1 / torch.where(active, v_norm, 1), rhs)
-        x, r_norm = _tree.zeros_like(rhs), torch.where(active, 1.0, 0.0).to(v_norm.dtype)
-        p = z = self._precondition(r)
+        x, fresh = _tree.zeros_like(rhs), active
+        if start is not None:
+            x, r, fresh = self._begin(operator, r, start)
+        r_norm = torch.where(active, _tree.norm(r), 0)
+        active = active & (fresh | (r_norm > target))
+        p = z = prepared(r)
         rz = _tree.dot(r, z)
         steepest = torch.zeros_like(v_norm)  # the largest ‖Hp‖ / ‖p‖ seen, an estimate of ‖H‖
         iterations = torch.zeros_like(v_norm, dtype=torch.int64)
         negative = torch.zeros_like(active)
-        products = 0
 
-        for k in range(self.iterations):
-            if _may_stop(active):
+        for k in range(self.iterations if start is None else self.iterations - 1):
+            if may_stop(active):
                 break
-            hp = operator(p) if not self.damping else _tree.add_scaled(operator(p), self.damping, p)
-            products += 1
+            hp = self._damped(operator, p)
             curvature, length = _tree.dot(p, hp), _tree.dot(p, p)
             steepest = torch.maximum(steepest, torch.where(active, _tree.norm(hp) / length.sqrt(), 0))
             flat = active & (curvature <= rounding * steepest * length)  # not for NaN, which goes on into x
             if k == 0:
-                iterations = iterations + flat
-                x, r = _tree.where(flat, p, x), _tree.where(flat, _tree.subtract(r, hp), r)
-                r_norm = torch.where(flat, _tree.norm(r), r_norm)
+                first = flat & fresh
+                iterations = iterations + first
+                x, r = _tree.where(first, p, x), _tree.where(first, _tree.subtract(r, hp), r)
+                r_norm = torch.where(first, _tree.norm(r), r_norm)
             negative, active = negative | flat, active & ~flat
 
             alpha = torch.where(active, rz / torch.where(active, curvature, 1), 0)
             x, r = _tree.add_scaled(x, alpha, p), _tree.add_scaled(r, -alpha, hp)
             iterations = iterations + active
             r_norm = torch.where(active, _tree.norm(r), r_norm)
-            z = self._precondition(r)
+            z = prepared(r)
             rz_new = _tree.dot(r, z)
             beta = torch.where(active, rz_new / torch.where(active, rz, 1), 0)
             p, rz = _tree.add_scaled(z, beta, p), rz_new
             active = active & (r_norm > target)
 
-        return Solution(_tree.scale(v_norm, x), products, iterations, r_norm, (r_norm <= target) & ~negative, negative)
+        w = _tree.scale(v_norm, x)
+        return Solution(w, iterations, r_norm, (r_norm <= target) & ~negative, negative, carry=w)
 
-    def _precondition(self, r: Tree) -> Tree:
-        return r if self.preconditioner is None else self.preconditioner(r)
+    def _damped(self, operator: Operator, p: Tree) -> Tree:
+        """(H + λI) p."""
+        return operator(p) if not self.damping else _tree.add_scaled(operator(p), self.damping, p)
+
+    def _begin(self, operator: Operator, v: Tree, start: Tree) -> tuple[Tree, Tree, Tensor]:
+        """Begin at αs, with the α ≥ 0 that is best in the energy norm: x, v − Hx, and whether that is zero."""
+        length = _tree.norm(start)
+        s = _tree.scale(1 / torch.where(length > 0, length, 1), start)
+        hs = self._damped(operator, s)
+        curvature, slope = _tree.dot(s, hs), _tree.dot(s, v)
+        good = (curvature > 0) & (slope > 0)
+        alpha = torch.where(good, slope / torch.where(good, curvature, 1), 0)
+        return _tree.scale(alpha, s), _tree.add_scaled(v, -alpha, hs), ~good
 
 
 # Curvature pᵀHp/pᵀp below this many epsilons of ‖H‖ is rounding (in half precision: below ε^¾): a product carries a
 # few, and dividing by it would blow up what a singular system leaves in its null space.
 _FLAT = 64
-
-
-def _may_stop(active: torch.Tensor) -> bool:
-    """Say whether to leave the loop: asking is free on a CPU, waits for a GPU, and is impossible for traced values."""
-    return not _tracing.transforming() and active.device.type == "cpu" and not bool(active)

@@ -97,7 +97,8 @@ def solve(system: System, constants: Tree, y: Tree, x: Tree, v: Tree) -> Solutio
     leaves, structure = _tree.flatten((constants, y, x, v))
     call = _Call(system, structure)
     *w, residual, converged, negative, iterations = _Solve.apply(call, *leaves)  # type: ignore[no-untyped-call]
-    return Solution(_tree.unflatten(_tree.structure(v), w), call.products[-1], iterations, residual, converged, negative)
+    value = _tree.unflatten(_tree.structure(v), w)
+    return Solution(value, iterations, residual, converged, negative, products=call.products[-1])
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,8 @@ class _Solve(torch.autograd.Function):
             del pullback
             found = call.system.solver.solve(operator, v)
             call.products.append(found.products)
-            iterations = torch.as_tensor(found.iterations, device=found.residual.device)
-            stats = (found.residual, found.converged, found.negative_curvature, iterations)
-            return _tree.leaves(found.value), [x.clone() for x in stats]
+            stats = (found.residual, found.converged, found.negative_curvature, found.iterations)
+            return _tree.leaves(found.value), [torch.as_tensor(x).clone() for x in stats]
 
         w, stats = call.system.within(constants, y, x, body)
         return *w, *stats

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from funcmlo import _tree
 from funcmlo._tree import Tree
@@ -41,42 +42,54 @@ class Direct(LinearSolver):
         if not self.max_size >= 1:
             raise DefinitionError(f"Direct(max_size={self.max_size!r}): expected an integer of at least 1.")
 
-    def solve(self, operator: Operator, rhs: Tree) -> Solution:
-        """Solve Hw = v.
+    def prepare(self, operator: Operator) -> tuple[Tensor, Tensor]:
+        """Lay H out and invert it.
 
         Args:
             operator: H.
-            rhs: v.
 
         Returns:
-            w with its statistics; `converged` means a relative residual below p · √ε.
+            H and H⁺, two p × p matrices.
 
         Raises:
             DefinitionError: H is too large to lay out.
         """
-        p = _tree.size(rhs)
+        p = _tree.size(operator.like)
         if p > self.max_size:
             raise DefinitionError(
                 f"Direct() would lay out a {p:,} × {p:,} matrix; it takes at most {self.max_size:,}. Use CG, or raise "
                 "max_size."
             )
-        matrix, v = operator.dense(), ravel(rhs)
-        epsilon = _tree.coarsest_epsilon(rhs)  # a column is no better than its coarsest leaf
+        matrix = operator.dense()
         if not p:
-            w = v
-        elif operator.symmetric:
-            eigenvalues, q = torch.linalg.eigh((matrix + matrix.T) / 2)
-            kept = eigenvalues.abs() > p * epsilon * eigenvalues.abs().max()
-            w = q @ (torch.where(kept, 1 / torch.where(kept, eigenvalues, 1), 0) * (q.T @ v))
-        else:
-            w = torch.linalg.pinv(matrix) @ v
-        v_norm = _tree.norm(v)
+            return matrix, matrix
+        if not operator.symmetric:
+            return matrix, torch.linalg.pinv(matrix)
+        eigenvalues, q = torch.linalg.eigh((matrix + matrix.T) / 2)
+        # A column is no better than its coarsest leaf.
+        kept = eigenvalues.abs() > p * _tree.coarsest_epsilon(operator.like) * eigenvalues.abs().max()
+        return matrix, q @ (torch.where(kept, 1 / torch.where(kept, eigenvalues, 1), 0)[:, None] * q.T)
+
+    def compute(self, operator: Operator, prepared: tuple[Tensor, Tensor], rhs: Tree, start: None) -> Solution:
+        """Solve Hw = v.
+
+        Args:
+            operator: H, not applied again.
+            prepared: H and H⁺.
+            rhs: v.
+            start: not used.
+
+        Returns:
+            w with its statistics; `converged` means a relative residual below p · √ε.
+        """
+        del operator, start
+        (matrix, inverse), v = prepared, ravel(rhs)
+        w, v_norm = inverse @ v, _tree.norm(v)
         residual = _tree.norm(v - matrix @ w) / torch.where(v_norm > 0, v_norm, 1)
         return Solution(
             value=unravel(w, rhs),
-            products=p,
-            iterations=p,
+            iterations=len(v),
             residual=residual,
-            converged=residual <= max(p, 1) * epsilon**0.5,
+            converged=residual <= max(len(v), 1) * _tree.coarsest_epsilon(rhs) ** 0.5,
             negative_curvature=torch.zeros_like(residual, dtype=torch.bool),
         )

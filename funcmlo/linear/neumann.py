@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from funcmlo import _tree
 from funcmlo._tree import Tree
 from funcmlo.errors import DefinitionError
-from funcmlo.linear.base import LinearSolver, Solution, check_iterations
+from funcmlo.linear.base import LinearSolver, Solution
+from funcmlo.linear.checks import check_iterations
 from funcmlo.operators import Operator
 
 
@@ -55,16 +57,22 @@ class Neumann(LinearSolver):
         if not self.tol >= 0:
             raise DefinitionError(f"Neumann(tol={self.tol!r}): expected a number that is not negative.")
 
-    def solve(self, operator: Operator, rhs: Tree) -> Solution:
+    exact: ClassVar[bool] = False
+    knob: ClassVar[str | None] = "iterations"
+
+    def compute(self, operator: Operator, prepared: None, rhs: Tree, start: None) -> Solution:
         """Sum the series.
 
         Args:
             operator: H.
+            prepared: nothing.
             rhs: v.
+            start: not used.
 
         Returns:
             w with its statistics.
         """
+        del prepared, start
         term = total = rhs
         for _ in range(self.iterations):
             term = _tree.add_scaled(term, -self.scale, operator(term))
@@ -73,7 +81,6 @@ class Neumann(LinearSolver):
         residual = torch.where(v_norm > 0, rest / torch.where(v_norm > 0, v_norm, 1), 0)
         return Solution(
             value=_tree.scale(self.scale, total),
-            products=self.iterations,
             iterations=self.iterations,
             residual=residual,
             converged=residual <= self.tol,

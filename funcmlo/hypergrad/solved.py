@@ -1,0 +1,120 @@
+"""A lower level at its solution: everything that an estimator may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+from torchopt.base import GradientTransformation
+
+from funcmlo._tree import Tree
+
+Standing = tuple[Tree, Tree]
+"""A level's parameters and its optimizer's state."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which standings of an inner loop are to be kept as it runs.
+
+    Attributes:
+        before: the steps before which the standing is kept, 0 ≤ t < steps.
+        on_cpu: whether they are moved to the CPU's memory.
+    """
+
+    before: frozenset[int] = frozenset()
+    on_cpu: bool = False
+
+    def __or__(self, other: Keep) -> Keep:
+        """Return what both ask for."""
+        return Keep(self.before | other.before, self.on_cpu or other.on_cpu)
+
+
+class Trajectory(Protocol):
+    """The recorded inner run."""
+
+    @property
+    def states(self) -> tuple[tuple[Tree, Tree], ...]:
+        """(parameters, optimizer state) before the first step and after each one; values only."""
+
+    def pullback(self, cotangent: Tree) -> dict[str, Tree]:
+        """Return (∂y_T/∂input)ᵀ cotangent for every input, through all inner steps and the start of the loop."""
+
+
+@dataclass(frozen=True)
+class Closed:
+    """A function with the tensors that it closes over laid open, so that they can be handed in as operands.
+
+    torch.func's custom derivatives must receive everything that is traced as an operand: a closure over a traced tensor
+    is an internal error there, or a silently wrong derivative.
+
+    Attributes:
+        function: `function(constants, …)`.
+        constants: the tree of tensors, held constant by every derivative.
+    """
+
+    function: Callable[..., Any]
+    constants: Tree
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function with its constants."""
+        return self.function(self.constants, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The inner step (y, s) ↦ A(y, s, x, ∇_y g_t(y, x)) taken apart.
+
+    Attributes:
+        cost: `cost(params, inputs, t)`, g_t with the batch and the randomness of step t; with None for t, the last step's.
+        apply: `apply(params, opt_state, inputs, gradient, t)` → (params, opt_state), what the optimizer and the
+            projection make of a gradient.
+    """
+
+    cost: Callable[[Tree, dict[str, Tree], int | None], Tensor]
+    apply: Callable[[Tree, Tree, dict[str, Tree], Tree, int | None], Standing]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A lower level at its solution: everything an estimator may use.
+
+    Attributes:
+        params: y*, the level's parameters after the inner steps.
+        opt_state: the optimizer's state there.
+        inputs: the parameters of every level that this one reads, by name.
+        init: (parameters, optimizer state) where the inner loop began.
+        steps: the number T of inner steps that were made.
+        loss: `loss(params, inputs, draw=None)`, the lower cost g as a 0-d tensor, minimized. It is deterministic: the
+            last inner step's batch and randomness; `draw=i` takes the i-th batch after it instead.
+        update: `update(params, opt_state, inputs, t=None)`, the inner step t ∈ {0, …, T − 1} with its own batch and
+            randomness: returns (params, opt_state). Without t, one step more with the last batch and its randomness.
+        start: `start(inputs)`, where the inner loop begins as a function of the inputs: (params, opt_state).
+        optimizer: the level's optimizer, a torchopt transformation that is pure and differentiable.
+        trajectory: the recorded inner run, for an estimator with `requires = "trajectory"`; None otherwise.
+        condition: `condition(params, inputs)`, a tree like params that vanishes at the solution, for a problem that is
+            no minimization (a fixed point); None for ∇_y loss.
+        parts: the inner step taken apart; None where it has no such parts (a fixed point, an outside solver).
+        evaluate: `evaluate(call, first, inputs, draw=None)`, another function of the level's arguments, with the first one
+            in place of the level's parameters, under the batch and the randomness of `loss`.
+        kept: the standings that `BestResponse.keep` asked for, by the step before which they are: values only.
+        seed: an integer that follows from the program's seed, the level and its step, for estimators that draw.
+    """
+
+    params: Tree
+    opt_state: Tree
+    inputs: dict[str, Tree]
+    init: tuple[Tree, Tree]
+    steps: int
+    loss: Callable[..., Tensor] = field(repr=False)
+    update: Callable[..., tuple[Tree, Tree]] = field(repr=False)
+    start: Callable[[dict[str, Tree]], tuple[Tree, Tree]] = field(repr=False)
+    optimizer: GradientTransformation = field(repr=False)
+    trajectory: Trajectory | None = field(default=None, repr=False)
+    condition: Callable[[Tree, dict[str, Tree]], Tree] | None = field(default=None, repr=False)
+    parts: Parts | None = field(default=None, repr=False)
+    evaluate: Callable[..., Any] | None = field(default=None, repr=False)
+    kept: Mapping[int, Standing] = field(default_factory=dict, repr=False)
+    seed: int = 0

@@ -1,0 +1,38 @@
+"""Checks of the solvers' settings."""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+from funcmlo.errors import DefinitionError
+
+
+def check_iterations(owner: str, iterations: int, name: str = "iterations") -> None:
+    """Raise unless a number of iterations is an integer of at least one.
+
+    Args:
+        owner: the solver's name, for the message.
+        iterations: what the user gave.
+        name: what it is called.
+
+    Raises:
+        DefinitionError: it is not.
+    """
+    if isinstance(iterations, bool) or not isinstance(iterations, Integral) or iterations < 1:
+        raise DefinitionError(f"{owner}({name}={iterations!r}): expected an integer of at least 1.")
+
+
+def check_not_negative(owner: str, **settings: float) -> None:
+    """Raise unless settings are finite numbers that are not negative.
+
+    Args:
+        owner: the solver's name, for the message.
+        **settings: what the user gave, by name.
+
+    Raises:
+        DefinitionError: one is not.
+    """
+    for name, value in settings.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 <= value < float("inf"):
+            raise DefinitionError(f"{owner}({name}={value!r}): expected a finite number that is not negative.")

@@ -1,0 +1,57 @@
+"""Preconditioners of the iterative solvers: maps, or what makes one from an operator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from funcmlo._tree import Tree
+from funcmlo.errors import DefinitionError
+from funcmlo.operators import Operator
+
+
+class Preconditioner(ABC):
+    """What makes a preconditioner from an operator: a solver whose answer is a fixed linear map."""
+
+    @abstractmethod
+    def inverse(self, operator: Operator) -> Callable[[Tree], Tree]:
+        """Return r ↦ M⁻¹r, symmetric and positive definite, for M ≈ H.
+
+        Args:
+            operator: H, which is not applied again afterwards.
+
+        Returns:
+            The map.
+        """
+
+
+def preconditioning(given: Callable[[Tree], Tree] | Preconditioner | None, operator: Operator) -> Callable[[Tree], Tree]:
+    """Return a solver's preconditioner as a map.
+
+    Args:
+        given: a map, what makes one from H, or None.
+        operator: H.
+
+    Returns:
+        r ↦ M⁻¹r.
+    """
+    if isinstance(given, Preconditioner):
+        return given.inverse(operator)
+    return (lambda r: r) if given is None else given
+
+
+def check_preconditioner(owner: str, given: Any) -> None:
+    """Raise unless something is a preconditioner or None.
+
+    Args:
+        owner: the solver's name, for the message.
+        given: what the user gave.
+
+    Raises:
+        DefinitionError: it is not.
+    """
+    if not (given is None or callable(given) or isinstance(given, Preconditioner)):
+        raise DefinitionError(
+            f"{owner}(preconditioner={given!r}): expected a function from a tree to a tree, Nystrom(10), or None."
+        )
