@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test test-thorough bench lint clean
+.PHONY: help demo test test-thorough bench bench-memory bench-long lint clean
 
 help:  ## Say what can be made.
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -22,6 +22,12 @@ test-thorough: $(INSTALLED)  ## Run the tests with many more random examples, an
 bench: $(INSTALLED)  ## Print how the time of a hypergradient grows with the number of levels (seconds).
 	$(BIN)/python -m tests.benchmarks.ladder
 
+bench-memory: $(INSTALLED)  ## Measure the memory of ITD's modes and draw its figure (about ten minutes).
+	$(BIN)/python -m tests.benchmarks.memory --figure docs/itd-memory.png
+
+bench-long: $(INSTALLED)  ## Differentiate 10,000 inner steps of a million parameters within 2 GB (about twenty minutes).
+	$(BIN)/python -m tests.benchmarks.long_run
+
 lint: $(INSTALLED)  ## Check style, docstrings and types.
 	@echo "==> ruff and mypy"
 	$(BIN)/ruff check .
@@ -37,5 +43,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "==> installing funcmlo and its tools into .venv (once; a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv 2>/dev/null || { rm -rf .venv; \
 	  $(PYTHON) -m pip install --quiet --user virtualenv && $(PYTHON) -m virtualenv --quiet .venv; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,paper]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,paper,kfac]'
 	@touch $(INSTALLED)

@@ -2,6 +2,7 @@
 
 from funcmlo._argmin import argmin
 from funcmlo._fixed_point import fixed_point
+from funcmlo.curvature import Curvature, Damped, FixedPoint, GaussNewton, Hessian, Resampled
 from funcmlo.errors import (
     BatchError,
     DefinitionError,
@@ -13,9 +14,36 @@ from funcmlo.errors import (
     ParameterError,
 )
 from funcmlo.graph import Graph
-from funcmlo.hypergrad import AID, ITD, BestResponse, Claims, FiniteDifference, Solved, Stats
+from funcmlo.hypergrad import (
+    AID,
+    ITD,
+    SAMA,
+    BestResponse,
+    Checkpoint,
+    Claims,
+    FiniteDifference,
+    ForwardGradient,
+    OneStep,
+    Penalty,
+    PerturbedSolve,
+    Solved,
+    Stats,
+)
 from funcmlo.level import Level
-from funcmlo.linear import CG, Direct, LinearSolver, Neumann
+from funcmlo.linear import (
+    CG,
+    GMRES,
+    KFAC,
+    MINRES,
+    Direct,
+    GradientSteps,
+    Identity,
+    LinearSolver,
+    Neumann,
+    NormalEquations,
+    Nystrom,
+    OptimizerIdentity,
+)
 from funcmlo.multilevel import Multilevel
 from funcmlo.operators import Operator
 from funcmlo.schedule import Schedule
@@ -28,25 +56,45 @@ __version__ = "0.1.0"
 __all__ = [
     "AID",
     "CG",
+    "GMRES",
     "ITD",
+    "KFAC",
+    "MINRES",
+    "SAMA",
     "BatchError",
     "BestResponse",
+    "Checkpoint",
     "Claims",
+    "Curvature",
+    "Damped",
     "DefinitionError",
     "Direct",
     "EstimatorError",
     "FiniteDifference",
+    "FixedPoint",
+    "ForwardGradient",
     "FuncmloError",
     "FuncmloWarning",
+    "GaussNewton",
+    "GradientSteps",
     "Graph",
+    "Hessian",
+    "Identity",
     "Level",
     "LinearSolver",
     "LossError",
     "Multilevel",
     "Neumann",
     "NonFiniteError",
+    "NormalEquations",
+    "Nystrom",
+    "OneStep",
     "Operator",
+    "OptimizerIdentity",
     "ParameterError",
+    "Penalty",
+    "PerturbedSolve",
+    "Resampled",
     "Schedule",
     "Solved",
     "Solver",

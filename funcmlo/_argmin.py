@@ -17,9 +17,9 @@ from funcmlo._tree import Tree
 from funcmlo.batches import feeds
 from funcmlo.errors import BatchError, DefinitionError, EstimatorError, FuncmloWarning, listing
 from funcmlo.hypergrad.base import BestResponse
-from funcmlo.hypergrad.itd import ITD
 from funcmlo.hypergrad.solved import Closed, Solved
 from funcmlo.level import Level
+from funcmlo.operands import START, begun
 from funcmlo.problem import Problem
 from funcmlo.solution import SolutionMap
 from funcmlo.solver import Solver
@@ -32,7 +32,7 @@ def argmin(
     *,
     steps: int,
     response: BestResponse,
-    project: Callable[[Tree], Tree] | None = None,
+    project: Callable[..., Tree] | None = None,
     maximize: bool = False,
     seed: int = 0,
 ) -> Argmin:
@@ -79,8 +79,8 @@ def argmin(
             f"argmin: {type(response).__name__} follows inner steps, but steps=0 makes none; use AID(…), which takes init "
             "as the solution."
         )
-    unseen = [name for name in level.optimizer_levels if name not in level.cost_levels]
-    if unseen and response.requires == "solution" and not level.has_solver:
+    unseen = [name for name in (*level.optimizer_levels, *level.project_levels) if name not in level.cost_levels]
+    if unseen and response.requires == "solution" and not response.sees_step and not level.has_solver:
         warnings.warn(
             f"argmin: {type(response).__name__} looks at the solution alone, so the derivative by what only the optimizer "
             f"reads ({listing(unseen)}) is zero; use ITD(), which follows the inner steps.",
@@ -150,20 +150,18 @@ class Argmin:
         operands.constant_batch("argmin", None if callable(batch) else batch)
         functions = [level.loss, level.optimizer, getattr(level.optimizer, "function", None), level.project]
         operands.check_closures("argmin", functions, lambda y, x: _dependent(bind(constants), y, x), init, differentiable)
-        if isinstance(response, ITD):
+        if response.in_the_open:
             return _unrolled(bind(constants), init, differentiable)
 
         def find(kept: tuple[list[Tensor], Tree], init: Tree, x: dict[str, Tree]) -> Tree:
-            problem = bind(kept[0])
-            return run(problem, (init, problem.optimizer(x).init(init)), x, level.steps).solved.params
+            problem, begin = bind(kept[0]), begun(x, kept[1], init)
+            return run(problem, (begin, problem.optimizer(x).init(begin)), x, level.steps).solved.params
 
-        start = _tree.detach(init)
-        if not _tracing.recording(differentiable):
-            return find((constants, None), start, differentiable)
-        # The start is kept for those estimators alone that make the steps again.
-        kept = constants, None if response.requires == "solution" else _tree.map(torch.clone, start)
+        start, inputs, begin = operands.beginning(response, init, differentiable)
+        if not _tracing.recording(inputs):
+            return find((constants, begin), start, inputs)
         solution = SolutionMap("argmin", response, find, lambda *given: _solved(bind, response, *given))
-        return solution(kept, start, differentiable)
+        return solution((constants, begin), start, inputs)
 
 
 def _dependent(problem: Problem, y: Tree, x: dict[str, Tree]) -> Tree:
@@ -171,7 +169,7 @@ def _dependent(problem: Problem, y: Tree, x: dict[str, Tree]) -> Tree:
     values = [problem.cost(y, x, 0)[0]]
     level = problem.level
     if level.project is not None:
-        values.append(level.project(y))
+        values.append(level.projected(y, {**problem.fixed, **x}))
     if level.optimizer_is_made:
         optimizer = problem.optimizer(x)
         values.append(optimizer.update(_tree.zeros_like(y), optimizer.init(y), params=y, inplace=False)[0])
@@ -195,7 +193,7 @@ def _solved(
     y: Tree,
 ) -> Solved:
     """The problem at its solution, everything that may be traced laid open."""
-    constants, init = kept[0], y if kept[1] is None else kept[1]
+    constants, init = kept[0], begun(x, kept[1], y)
     problem = bind(constants)
     steps = problem.level.steps
     standing = init, problem.optimizer(x).init(init)
@@ -206,5 +204,7 @@ def _solved(
     if response.requires == "solution":
         solved = hand_over(problem, standing, standing, (y, standing[1]), [Passage(x)] * steps, x)
     else:  # nothing of the steps left the forward pass, so they are made again
-        solved = run(problem, standing, x, steps, response.requires).solved
+        solved = run(problem, standing, x, steps, response.requires, response.keep(steps)).solved
+        if START in x:
+            solved = replace(solved, start=lambda x: (x[START], problem.optimizer(x).init(x[START])))
     return replace(solved, loss=Closed(loss, constants))

@@ -16,7 +16,6 @@ from funcmlo.errors import DefinitionError, EstimatorError, ParameterError
 from funcmlo.hypergrad.aid import AID
 from funcmlo.hypergrad.base import BestResponse
 from funcmlo.hypergrad.finite_difference import FiniteDifference
-from funcmlo.hypergrad.itd import ITD
 from funcmlo.hypergrad.solved import Closed, Solved
 from funcmlo.signature import BATCH, Call, read_call
 from funcmlo.solution import SolutionMap
@@ -126,35 +125,37 @@ class FixedPoint:
             return new
 
         operands.check_closures(owner, [self.map.function], lambda y, x: phi(constants, y, x), init, differentiable)
-        if isinstance(self.response, ITD):
+        if self.response.in_the_open:
             with torch.set_grad_enabled(_tracing.recording(init, differentiable)):
                 return self._iterate(phi, constants, init, differentiable)
 
-        def find(constants: list[Tensor], init: Tree, x: dict[str, Tree]) -> Tree:
+        def find(kept: tuple[list[Tensor], Tree], init: Tree, x: dict[str, Tree]) -> Tree:
             with torch.no_grad():
-                return self._iterate(phi, constants, init, x)
+                return self._iterate(phi, kept[0], operands.begun(x, kept[1], init), x)
 
-        if not _tracing.recording(differentiable):
-            return find(constants, _tree.detach(init), differentiable)
+        start, inputs, begin = operands.beginning(self.response, init, differentiable)
+        if not _tracing.recording(inputs):
+            return find((constants, begin), start, inputs)
         solution = SolutionMap(owner, self.response, find, lambda *given: self._solved(phi, *given))
-        return solution(constants, _tree.detach(init), differentiable)
+        return solution((constants, begin), start, inputs)
 
     def _iterate(self, phi: Phi, constants: list[Tensor], y: Tree, x: dict[str, Tree]) -> Tree:
         for _ in range(self.steps):
             y = phi(constants, y, x)
         return y
 
-    def _solved(self, phi: Phi, constants: list[Tensor], x: dict[str, Tree], y: Tree) -> Solved:
+    def _solved(self, phi: Phi, kept: tuple[list[Tensor], Tree], x: dict[str, Tree], y: Tree) -> Solved:
         """The fixed point as estimators see it: the condition y − Φ(y, x) = 0."""
+        constants, begin = kept
         return Solved(
             params=y,
             opt_state=(),
             inputs=x,
-            init=(y, ()),
+            init=(operands.begun(x, begin, y), ()),
             steps=self.steps,
             loss=_no_loss,
-            update=lambda at, state, x, t: (phi(constants, at, x), state),
-            start=lambda x: (y, ()),
+            update=lambda at, state, x, t=None: (phi(constants, at, x), state),
+            start=lambda x: (operands.begun(x, begin, y), ()),
             optimizer=STATELESS,
             condition=Closed(lambda c, at, x: _tree.subtract(at, phi(c, at, x)), constants),
         )

@@ -72,6 +72,30 @@ def partition(tree: Tree) -> tuple[list[Tensor], Callable[[list[Tensor]], Tree]]
     return [x for x in flat if isinstance(x, Tensor)], whole
 
 
+def floating(tree: Tree) -> tuple[list[Tensor], Callable[[Iterable[Tensor]], Tree]]:
+    """Take the floating-point tensors out of a tree, those that can be differentiated by.
+
+    Args:
+        tree: any tree; leaves may be anything.
+
+    Returns:
+        Those tensors, and the function that puts tensors back in their places, beside the other leaves.
+    """
+    flat, spec = flatten(tree)
+    chosen = [isinstance(x, Tensor) and x.is_floating_point() for x in flat]
+
+    def whole(tensors: Iterable[Tensor]) -> Tree:
+        replaced = iter(tensors)
+        return unflatten(spec, [next(replaced) if c else x for c, x in zip(chosen, flat, strict=True)])
+
+    return [x for c, x in zip(chosen, flat, strict=True) if c], whole
+
+
+def like(tree: Tree, there: Tree) -> Tree:
+    """Return a tree with its tensors on the devices of another's."""
+    return map(lambda x, y: x.to(y.device) if isinstance(x, Tensor) and isinstance(y, Tensor) else x, tree, there)
+
+
 def detach(tree: Tree) -> Tree:
     """Cut every tensor from its graph."""
     return map_tensors(Tensor.detach, tree)
@@ -157,6 +181,14 @@ def finite(tree: Tree) -> Tensor:
     for x in leaves(tree):
         if isinstance(x, Tensor) and x.is_floating_point():
             flag = flag.to(x.device) & torch.isfinite(x).all()
+    return flag
+
+
+def is_zero(a: Tree) -> Tensor:
+    """Return a 0-d flag on the last leaf's device: whether every entry of the vector is zero."""
+    flag = torch.ones((), dtype=torch.bool)
+    for x in leaves(a):
+        flag = flag.to(x.device) & (x == 0).all()
     return flag
 
 

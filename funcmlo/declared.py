@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from funcmlo.dependence import Dependence
+from funcmlo.describe import compact
 from funcmlo.errors import DefinitionError, listing, suggest
 from funcmlo.graph import Graph
-from funcmlo.hypergrad.itd import ITD
 from funcmlo.level import Level
 
 
@@ -52,10 +52,10 @@ def check_nested(levels: Sequence[Level], needs: Dependence) -> None:
         for upper in needs.users(level.name):
             response = level.response_for(upper)
             kind = type(response).__name__
-            if response.requires != "solution" and not isinstance(response, ITD):
+            if response.requires != "solution" and not response.in_the_open:
                 raise DefinitionError(
-                    f"level '{level.name}': {kind} needs the inner run (requires={response.requires!r}), which "
-                    'composition="nested" keeps for ITD() alone; use ITD() or AID(…).'
+                    f"level '{level.name}': {compact(response)} needs the inner run (requires={response.requires!r}), which "
+                    'composition="nested" keeps for plain ITD() alone; use ITD() or AID(…).'
                 )
             # T_upper is differentiated twice where a level above it looks at upper's own best response.
             if needs.users(upper) and not response.claims.differentiable:

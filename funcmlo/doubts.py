@@ -36,12 +36,13 @@ def doubts(levels: Sequence[Level], graph: Graph) -> list[str]:
         # An optimizer's settings leave a converged solution where it is. So does a start, and is meant to where the
         # loss reads the same level (a proximal term).
         unseen = {name for name in level.start_levels if name not in level.cost_levels} | set(level.optimizer_levels)
-        blind = [response for response in level.responses if response.requires == "solution"]
+        unseen |= set(level.project_levels)
+        blind = [response for response in level.responses if response.requires == "solution" and not response.sees_step]
         if unseen and blind and not level.has_solver:
             found.append(
                 f"level '{level.name}': {type(blind[0]).__name__} looks at the solution alone, so nothing of a "
-                f"hypergradient comes through what its init or its optimizer reads of {listing(sorted(unseen))}; use "
-                "ITD(), which follows the inner steps."
+                f"hypergradient comes through what its init, optimizer or projection reads of {listing(sorted(unseen))}; "
+                "use ITD(), which follows the inner steps, or AID(…, curvature='fixed_point'), which looks at the step."
             )
     return found
 

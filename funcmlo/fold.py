@@ -19,7 +19,7 @@ from funcmlo import _diff, _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.errors import EstimatorError, FuncmloWarning, listing
 from funcmlo.graph import Graph
-from funcmlo.hypergrad.base import BestResponse
+from funcmlo.hypergrad.base import BestResponse, check_mapped
 from funcmlo.hypergrad.solved import Solved
 from funcmlo.hypergrad.stats import Stats
 from funcmlo.problem import Problem
@@ -98,6 +98,7 @@ def total_gradient(
         if name not in cotangents:
             continue
         estimator, at = solved[name]
+        check_mapped(f"level '{name}'", estimator)
         answer = estimator.vjp(at, cotangents.pop(name), response[name])
         products, states[name], stats[name] = _checked_answer(name, estimator, at, answer)
         for source, cotangent in products.items():

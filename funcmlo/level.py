@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from numbers import Integral
 from typing import Any
 
-import torch
 from torchopt.base import GradientTransformation
 
 from funcmlo import optim
 from funcmlo._tree import Tree
 from funcmlo.errors import DefinitionError
+from funcmlo.fields import check_fields, check_sources, is_transformation
 from funcmlo.hypergrad.base import BestResponse
 from funcmlo.hypergrad.finite_difference import FiniteDifference
-from funcmlo.signature import BATCH, BUFFERS, Call, declared_in, read_call
+from funcmlo.signature import BATCH, Call, declared_in, read_call, reads_nothing
 from funcmlo.solver import STATELESS, Solver
 
 
@@ -40,7 +39,8 @@ class Level:
         init: where each inner loop starts, a function of level names (`lambda meta: meta`); the optimizer starts
             afresh there too. Without it the level goes on from where it stopped.
         tasks: not carried yet; must be None.
-        project: keeps the parameters in a set after each update: params → params.
+        project: keeps the parameters in a set after each update, or makes it a proximal step: params → params. Its further
+            arguments are level names, `lambda w, log_l1: soft_threshold(w, 0.1 * log_l1.exp())`.
         warmup: updates that the level makes before the levels above it make their first one; its own step counter
             tells, so a level that has made them goes on without.
         roll_back: whether, when the levels above have made their update, the level returns to where its inner loop began
@@ -66,7 +66,7 @@ class Level:
     reads: Mapping[str, str] | None = None
     init: Callable[..., Tree] | None = None
     tasks: int | None = None
-    project: Callable[[Tree], Tree] | None = None
+    project: Callable[..., Tree] | None = None
     warmup: int = 0
     roll_back: bool = False
     maximize: bool = False
@@ -77,31 +77,44 @@ class Level:
     _start: Call | None = field(init=False, repr=False)
     _factory: Call | None = field(init=False, repr=False)
     _solver: Call | None = field(init=False, repr=False)
+    _project: Call | None = field(init=False, repr=False)
     _mended: GradientTransformation | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the fields and read the signatures."""
-        self._check()
+        check_fields(self)
         owner = f"level '{self.name}': its"
         cost, own = read_call(self.loss, self.reads, owner=f"{owner} loss", own=True)
         object.__setattr__(self, "_cost", cost)
         object.__setattr__(self, "own_argument", own)
         start = None if self.init is None else read_call(self.init, None, owner=f"{owner} init", own=False)[0]
         object.__setattr__(self, "_start", start)
+        project = self.project
+        if project is not None and not reads_nothing(project):
+            project = read_call(project, None, owner=f"{owner} project", own=True)[0]
+        elif project is not None:
+            project = Call(project)
+        object.__setattr__(self, "_project", project)
         factory = solver = mended = None
         if isinstance(self.optimizer, Solver):
             function = self.optimizer.function
             solver = read_call(function, declared_in(function, self.reads), owner=f"{owner} solver", own=True)[0]
             mended = STATELESS
-        elif _is_transformation(self.optimizer):
+        elif is_transformation(self.optimizer):
             mended = optim.mend(self.optimizer)
         else:
             factory = read_call(self.optimizer, None, owner=f"{owner} optimizer", own=False)[0]
         object.__setattr__(self, "_factory", factory)
         object.__setattr__(self, "_solver", solver)
         object.__setattr__(self, "_mended", mended)
-        for call, what in ((cost, "loss"), (start, "init"), (factory, "optimizer"), (solver, "solver")):
-            self._check_sources(call, what)
+        for call, what in (
+            (cost, "loss"),
+            (start, "init"),
+            (factory, "optimizer"),
+            (solver, "solver"),
+            (project, "project"),
+        ):
+            check_sources(self.name, call, what)
 
     @property
     def takes_batch(self) -> bool:
@@ -115,7 +128,7 @@ class Level:
 
     @property
     def reads_levels(self) -> tuple[str, ...]:
-        """The levels that the loss, `init` and the optimizer read, each once."""
+        """The levels that the loss, `init`, the optimizer and the projection read, each once."""
         return tuple(dict.fromkeys((*self.cost_levels, *self.loop_levels)))
 
     @property
@@ -135,9 +148,14 @@ class Level:
         return () if call is None else call.levels
 
     @property
+    def project_levels(self) -> tuple[str, ...]:
+        """The levels that the projection reads."""
+        return () if self._project is None else self._project.levels
+
+    @property
     def loop_levels(self) -> tuple[str, ...]:
-        """The levels that `init` and the optimizer read, each once."""
-        return tuple(dict.fromkeys((*self.start_levels, *self.optimizer_levels)))
+        """The levels that `init`, the optimizer and the projection read, each once."""
+        return tuple(dict.fromkeys((*self.start_levels, *self.optimizer_levels, *self.project_levels)))
 
     @property
     def responses(self) -> tuple[BestResponse, ...]:
@@ -167,6 +185,11 @@ class Level:
         assert self._start is not None
         return self._start(values=inputs)
 
+    def projected(self, params: Tree, inputs: Mapping[str, Tree]) -> Tree:
+        """Call the projection; only for a level that has one."""
+        assert self._project is not None
+        return self._project(params, values=inputs)
+
     def solution(self, params: Tree, inputs: Mapping[str, Tree], batch: Any) -> Tree:
         """Call the outside solver; only for a level that has one."""
         assert self._solver is not None
@@ -188,102 +211,9 @@ class Level:
             return self._mended
         assert self._factory is not None
         made = self._factory(values=inputs)
-        if not _is_transformation(made):
+        if not is_transformation(made):
             raise DefinitionError(
                 f"level '{self.name}': its optimizer function returned {type(made).__name__}; expected a functional "
                 "optimizer such as torchopt.sgd(rates['lr']); wrap an outside solver in fm.Solver(…)."
             )
         return optim.mend(made)
-
-    def _check(self) -> None:
-        name = self.name
-        if not isinstance(name, str) or not name.isidentifier():
-            raise DefinitionError(f"a level's name is an argument name, so an identifier is expected; {name!r} came.")
-        if name in (BATCH, BUFFERS) or name.endswith("_buffers"):
-            raise DefinitionError(f"level name '{name}' is reserved for what losses read besides levels; choose another.")
-        if not callable(self.loss):
-            raise DefinitionError(f"level '{name}': loss must be a function, but {type(self.loss).__name__} came.")
-        if isinstance(self.optimizer, torch.optim.Optimizer) or type(self.optimizer).__module__.startswith("torchopt.optim"):
-            kind = type(self.optimizer).__name__
-            raise DefinitionError(
-                f"level '{name}': {kind} keeps its state inside itself; expected a functional optimizer, such as "
-                f"torchopt.{kind.removeprefix('Meta').lower()}(lr)."
-            )
-        origin = (getattr(self.optimizer, "__module__", None) or "").partition(".")[0]
-        if self.optimizer is Solver:
-            raise DefinitionError(f"level '{name}': optimizer=Solver is not called; expected fm.Solver(function).")
-        if not _is_transformation(self.optimizer) and origin in {"torch", "torchopt"}:
-            raise DefinitionError(
-                f"level '{name}': optimizer={getattr(self.optimizer, '__name__', self.optimizer)!r} is not called; expected "
-                "a functional optimizer such as torchopt.sgd(0.1)."
-            )
-        if not (_is_transformation(self.optimizer) or callable(self.optimizer) or isinstance(self.optimizer, Solver)):
-            raise DefinitionError(
-                f"level '{name}': optimizer must be a functional optimizer such as torchopt.sgd(0.1), or a function of "
-                f"level names that returns one; {type(self.optimizer).__name__} came."
-            )
-        for what in ("steps", "warmup"):
-            number = getattr(self, what)
-            if isinstance(number, bool) or not isinstance(number, Integral) or number < 0:
-                raise DefinitionError(f"level '{name}': {what}={number!r}; expected an integer of at least 0.")
-        self._check_response()
-        for what in ("init", "project"):
-            function = getattr(self, what)
-            if function is not None and not callable(function):
-                raise DefinitionError(f"level '{name}': {what} must be a function, but {type(function).__name__} came.")
-        for what in ("maximize", "roll_back"):
-            if not isinstance(getattr(self, what), bool):
-                raise DefinitionError(f"level '{name}': {what}={getattr(self, what)!r}; expected True or False.")
-        if self.init is not None and (self.warmup or self.roll_back):
-            raise DefinitionError(
-                f"level '{name}': with init= every inner loop begins afresh, so warmup= and roll_back= have no meaning; "
-                "leave them out."
-            )
-        if self.roll_back and not self.steps:
-            raise DefinitionError(f"level '{name}': roll_back=True with steps=0: there is no inner loop to return from.")
-        if self.tasks is not None:
-            raise DefinitionError(
-                f"level '{name}': tasks={self.tasks!r}, but task levels are not carried yet; leave it out."
-            )
-        if self.reads is not None and not (
-            isinstance(self.reads, Mapping) and all(isinstance(x, str) for pair in self.reads.items() for x in pair)
-        ):
-            raise DefinitionError(
-                f"level '{name}': reads must be a dict from argument names to level names, but {self.reads!r} came."
-            )
-
-    def _check_response(self) -> None:
-        several = isinstance(self.response, Mapping)
-        if isinstance(self.response, Mapping):
-            object.__setattr__(self, "response", dict(self.response))
-        for response in self.responses if several else (self.response,):
-            if not isinstance(response, BestResponse):
-                made = " (call it: ITD())" if isinstance(response, type) else ""
-                raise DefinitionError(
-                    f"level '{self.name}': response={response!r} is no best response{made}; expected ITD(), AID(CG(20)), "
-                    "FiniteDifference() or a BestResponse of your own, or a dict of them by level name."
-                )
-            if isinstance(self.optimizer, Solver) and response.requires != "solution":
-                raise DefinitionError(
-                    f"level '{self.name}': {type(response).__name__} follows inner steps, but an outside solver makes none; "
-                    "use AID(…), which looks at the solution."
-                )
-
-    def _check_sources(self, call: Call | None, what: str) -> None:
-        for source in call.sources if call else ():
-            if source == BUFFERS or source.endswith("_buffers"):
-                raise DefinitionError(f"level '{self.name}': its {what} reads '{source}', but buffers are not carried yet.")
-            if source == BATCH and what not in {"loss", "solver"}:
-                raise DefinitionError(f"level '{self.name}': its {what} reads a batch; only a loss or a solver can.")
-            if source == self.name:
-                raise DefinitionError(
-                    f"level '{self.name}': its {what} reads '{source}', the level itself; its own parameters are the "
-                    f"loss's first argument, so write them there: def loss({source}, …)."
-                )
-
-
-def _is_transformation(value: Any) -> bool:
-    """Say whether a value has a functional optimizer's `init`/`update` pair (a torchopt class does not count)."""
-    return (
-        not isinstance(value, type) and callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
-    )

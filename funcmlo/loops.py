@@ -112,7 +112,7 @@ class Walk:
         feed = self.feeds.get(name, no_batch)  # of a level that only begins, no batch is asked
         return Problem(self.levels[name], feed, self.state.seed, self.state.step[name])
 
-    def _loop(self, loop: Loop, requires: Requires, keep: Keep = Keep()) -> None:  # ruff: ignore[function-call-in-default-argument]  frozen
+    def _loop(self, loop: Loop, requires: Requires, keep: Keep = Keep()) -> None:
         name = loop.level
         problem, standing = self.problem(name), self._standing(name)
         forget(problem.feed, problem.first)

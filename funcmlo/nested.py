@@ -26,7 +26,7 @@ from funcmlo.errors import EstimatorError
 from funcmlo.finite import Event
 from funcmlo.fold import Folded
 from funcmlo.hypergrad.base import BestResponse
-from funcmlo.hypergrad.itd import ITD, NO_STEPS
+from funcmlo.hypergrad.itd import NO_STEPS
 from funcmlo.hypergrad.solved import Solved, Standing
 from funcmlo.hypergrad.stats import Stats
 from funcmlo.level import Level
@@ -126,11 +126,13 @@ class Nest:
         level = self.levels[name]
         if user is None:  # nothing is read of it now, but where ITD's next loop begins follows from this one
             response: BestResponse | None = next(
-                (r for r in level.responses if isinstance(r, ITD) and self.solve and level.steps), None
+                (r for r in level.responses if r.in_the_open and self.solve and level.steps), None
             )
         else:
             response = level.response_for(user)
-        if isinstance(response, ITD) and _tracing.recording(values):  # the loops inside it may follow from more than it does
+        if (
+            response is not None and response.in_the_open and _tracing.recording(values)
+        ):  # the loops inside it may follow from more than it does
             if not self.solve or not level.steps:
                 raise EstimatorError(NO_STEPS)
             return self._loop(name, values, state)

@@ -13,8 +13,12 @@ from funcmlo import _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.closures import traced_closure
 from funcmlo.errors import BatchError, EstimatorError, ParameterError, listing, suggest
+from funcmlo.hypergrad.base import BestResponse
 from funcmlo.purity import untouched
 from funcmlo.solution import REMEDY
+
+START = "init="
+"""The input by which a solution map's start is differentiated, where an estimator follows the steps; no argument's name."""
 
 
 def named(owner: str, names: Sequence[str], inputs: Sequence[Tree], by_name: dict[str, Tree]) -> dict[str, Tree]:
@@ -49,6 +53,32 @@ def named(owner: str, names: Sequence[str], inputs: Sequence[Tree], by_name: dic
             f"{owner}: the inputs {listing(map(repr, missing))} did not come; expected solve(init, {listing(names)})."
         )
     return {name: x[name] for name in names}
+
+
+def beginning(response: BestResponse, init: Tree, inputs: dict[str, Tree]) -> tuple[Tree, dict[str, Tree], Tree]:
+    """Sort out what becomes of a solution map's start.
+
+    Who follows the steps needs it, and differentiates by it where somebody asks for that; others only begin there.
+
+    Args:
+        response: the estimator.
+        init: the start.
+        inputs: the inputs that are differentiated by.
+
+    Returns:
+        The start as a mere beginning, the inputs with it where it is differentiated by, and it as a constant where it is
+        needed and is not.
+    """
+    if response.requires != "replay":
+        return _tree.detach(init), inputs, None
+    if _tracing.recording(init):
+        return (), {**inputs, START: init}, None
+    return (), inputs, _tree.map(torch.clone, init)
+
+
+def begun(inputs: dict[str, Tree], constant: Tree, start: Tree) -> Tree:
+    """Return a solution map's start from where `beginning` put it."""
+    return inputs.get(START, start if constant is None else constant)
 
 
 def check_mode(owner: str) -> None:

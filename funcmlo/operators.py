@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from funcmlo import _tree
+from funcmlo import _diff, _tree
 from funcmlo._tree import Tree
 
 
@@ -23,6 +24,8 @@ class Operator:
         transpose: u ↦ Hᵀu of an H that is not symmetric, for the solvers that need it; None where it is not known.
         adapt: v ↦ −(∂u/∂g)ᵀ v, what the level's optimizer u(g) makes of a gradient, for `OptimizerIdentity`; None where
             there is no optimizer.
+        point: the solved level (`fm.Solved`) that H belongs to, for solvers that build their own curvature; None where
+            there is none.
     """
 
     matvec: Callable[[Tree], Tree]
@@ -30,6 +33,7 @@ class Operator:
     symmetric: bool = True
     transpose: Callable[[Tree], Tree] | None = None
     adapt: Callable[[Tree], Tree] | None = None
+    point: Any = None
 
     def __call__(self, u: Tree) -> Tree:
         """Return Hu."""
@@ -65,3 +69,20 @@ def unravel(vector: Tensor, like: Tree) -> Tree:
 
 def _device(tree: Tree) -> torch.device:
     return next((x.device for x in _tree.leaves(tree)), torch.device("cpu"))
+
+
+def with_transpose(operator: Operator, body: Callable[[Operator], Tree]) -> Tree:
+    """Do something with a linear operator that knows its transpose too.
+
+    Args:
+        operator: u ↦ Au, made of pullbacks, so that it can be differentiated by u.
+        body: receives the operator with its transpose, which is the derivative of that linear map.
+
+    Returns:
+        What the body returns.
+    """
+    return _diff.with_vjp(
+        lambda u: (operator(u), None),
+        [_tree.zeros_like(operator.like)],
+        lambda _, __, back: body(replace(operator, transpose=lambda u: back(u)[0])),
+    )

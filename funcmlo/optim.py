@@ -8,6 +8,8 @@ numbers that
 - has a derivative at zero second moments: d√v/dv is infinite at v = 0 and meets a zero there, which is NaN, for every
   dead ReLU unit and unused embedding row. Where v is zero its root is taken to be constant, which is the limit of
   the update's derivative along g → 0 with m ∝ g;
+- can be mapped by vmap from a state that all share: torchopt adds what is mapped to a state in place, which is refused
+  where the state is not;
 - is pure: torchopt's momentum remembers in a closure whether it was called before, so the same call gives another
   answer the second time, and a restored run drops its momentum once.
 
@@ -75,8 +77,15 @@ def apply(params: Tree, updates: Tree) -> Tree:
     return _tree.map(lambda p, u: p + u.to(p.dtype), params, updates)
 
 
-# The makers, in torchopt 0.7, of the other updates that divide by a root of a second moment.
-_ROOTED = {"_scale_by_radam", "_scale_by_rms", "_scale_by_rss", "_scale_by_stddev"}
+# The makers, in torchopt 0.7, of the other updates that divide by a root of a second moment, or keep moments in place.
+_ROOTED = {
+    "_scale_by_adadelta",
+    "_scale_by_adamax",
+    "_scale_by_radam",
+    "_scale_by_rms",
+    "_scale_by_rss",
+    "_scale_by_stddev",
+}
 
 
 def _mend(optimizer: GradientTransformation) -> GradientTransformation:
@@ -200,15 +209,24 @@ def _root(v: Tensor) -> Tensor:
     return torch.where(zero, v.detach(), torch.sqrt(torch.where(zero, torch.ones_like(v), v)))
 
 
+# torchopt goes on with what these return, never with what they wrote to.
+_IN_PLACE: dict[Any, Callable[..., Any]] = {
+    Tensor.add_: torch.add,
+    Tensor.addcmul_: torch.addcmul,
+    Tensor.div_: torch.div,
+    Tensor.mul_: torch.mul,
+}
+
+
 class _SafeRoots(TorchFunctionMode):
-    """While active, √v has derivative 0 where v = 0; the values keep their bits."""
+    """While active, √v has derivative 0 where v = 0, and nothing is done in place; the values keep their bits."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in (torch.sqrt, Tensor.sqrt, Tensor.sqrt_):
             return _root(args[0])
-        return func(*args, **(kwargs or {}))
+        return _IN_PLACE.get(func, func)(*args, **(kwargs or {}))
 
 
 def _with_safe_roots(update: Callable[..., Any]) -> Callable[..., Any]:

@@ -129,7 +129,7 @@ class Problem:
                 raise ParameterError(
                     f"level '{self.level.name}': what its solver returned and its parameters differ: {difference}."
                 )
-            found = self._projected(_tree.detach(found), t)
+            found = self._projected(_tree.detach(found), inputs, t)
         return found, opt_state, *self.cost(found, inputs, t)
 
     def apply(self, params: Tree, opt_state: Tree, inputs: dict[str, Tree], gradient: Tree, t: int = 0) -> tuple[Tree, Tree]:
@@ -148,16 +148,43 @@ class Problem:
         Raises:
             ParameterError: the projection changed the structure, a shape or a dtype.
         """
-        optimizer = self.optimizer(inputs)
-        updates, opt_state = optimizer.update(gradient, opt_state, params=params, inplace=False)
-        return self._projected(optim.apply(params, updates), t), opt_state
+        updates, opt_state = self.updates(params, opt_state, inputs, gradient)
+        return self._projected(optim.apply(params, updates), inputs, t), opt_state
 
-    def _projected(self, params: Tree, t: int) -> Tree:
+    def updates(self, params: Tree, opt_state: Tree, inputs: dict[str, Tree], gradient: Tree) -> tuple[Tree, Tree]:
+        """Return what the level's optimizer makes of a gradient: the updates, which are to be added, and its new state.
+
+        Args:
+            params: the level's own parameters.
+            opt_state: its optimizer's state.
+            inputs: the parameters of the levels that it reads.
+            gradient: a tree like params.
+
+        Returns:
+            Updates and state.
+        """
+        updates, opt_state = self.optimizer(inputs).update(gradient, opt_state, params=params, inplace=False)
+        return updates, opt_state
+
+    def excess(self, params: Tree, inputs: dict[str, Tree], t: int) -> Tree:
+        """Return P(y) − y for the level's projection P; None where there is none.
+
+        Args:
+            params: y.
+            inputs: the parameters of the levels that it reads.
+            t: the step's number within this call.
+
+        Returns:
+            A tree like params, or None.
+        """
+        return None if self.level.project is None else _tree.subtract(self._projected(params, inputs, t), params)
+
+    def _projected(self, params: Tree, inputs: Mapping[str, Tree], t: int) -> Tree:
         """The parameters kept in the level's set."""
         if self.level.project is None:
             return params
         with _random.seeded(self._seed_of("project", t)):
-            projected = self.level.project(params)
+            projected = self.level.projected(params, {**self.fixed, **inputs})
         if difference := _tree.mismatch(params, projected):
             raise ParameterError(
                 f"level '{self.level.name}': what project= returns and its parameters differ: {difference}."

@@ -138,6 +138,15 @@ def declared_in(function: Callable[..., Any], reads: Mapping[str, str] | None) -
     return {argument: source for argument, source in (reads or {}).items() if argument in names}
 
 
+def reads_nothing(function: Callable[..., Any]) -> bool:
+    """Say whether a function cannot be asked what it reads, as builtins such as `torch.relu`: it takes one argument."""
+    try:
+        inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    return False
+
+
 _VAR_POSITIONAL = inspect.Parameter.VAR_POSITIONAL
 _VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -18,7 +18,8 @@ from funcmlo import _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.describe import compact
 from funcmlo.errors import EstimatorError, FuncmloWarning
-from funcmlo.hypergrad.base import BestResponse
+from funcmlo.hypergrad.base import BestResponse, check_mapped
+from funcmlo.hypergrad.once import once
 from funcmlo.hypergrad.solved import Solved
 from funcmlo.hypergrad.stats import Stats
 from funcmlo.linear.differentiable import NO_FORWARD_MODE
@@ -147,13 +148,14 @@ def respond(map: SolutionMap, solved: Solved, cotangent: Tree) -> dict[str, Tree
         EstimatorError: the product failed.
     """
     response = map.response
+    check_mapped(map.owner, response)
     products, _, stats = response.vjp(solved, cotangent, response.init(solved.params))
     if isinstance(stats, Stats):
         products = _or_nan(map.owner, response, products, stats)
         if map.tell is not None:
             map.tell(stats)
     if not response.claims.differentiable:
-        products = _once(type(response).__name__, products)
+        products = once(type(response).__name__, products, (cotangent, solved.params, solved.inputs))
     return products
 
 
@@ -193,32 +195,3 @@ def _or_nan(owner: str, response: BestResponse, products: dict[str, Tree], stats
 # number; a diverging series exceeds everything.
 _DIVERGED = 100.0
 _UNSOLVED = 0.1
-
-
-class _Once(torch.autograd.Function):
-    """The identity, whose derivative is refused."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(name: str, *values: Tensor) -> tuple[Tensor, ...]:
-        del name
-        return tuple(x.clone() for x in values)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        del output
-        ctx.name = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> NoReturn:
-        del cotangents
-        raise EstimatorError(
-            f"{ctx.name} cannot be differentiated again (its claims say differentiable=False), and something asks for that: "
-            "use AID(…) or ITD() at this level, or composition='paths'."
-        )
-
-
-def _once(name: str, tree: Tree) -> Tree:
-    leaves, structure = _tree.flatten(tree)
-    return _tree.unflatten(structure, _Once.apply(name, *leaves))  # type: ignore[no-untyped-call]

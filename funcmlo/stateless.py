@@ -74,6 +74,22 @@ class Stateless:
         self._check(params)
         return torch.func.functional_call(self._skeleton, params, args, kwargs)
 
+    def module(self, params: dict[str, Tensor]) -> nn.Module:
+        """Return a module of its own that holds copies of these parameters, for what needs modules: hooks, factors.
+
+        Args:
+            params: a tensor for every name in `params()`.
+
+        Returns:
+            A new module, cut from any graph, whose parameters require gradients.
+
+        Raises:
+            ParameterError: a name is missing, unknown, or of another shape.
+        """
+        self._check(params)
+        held = {id(p): nn.Parameter(params[name].detach().clone()) for name, p in self._skeleton.named_parameters()}
+        return copy.deepcopy(self._skeleton, memo=dict(held))
+
     def _check(self, params: dict[str, Tensor]) -> None:
         name = type(self._module).__name__
         if not isinstance(params, dict):

@@ -102,7 +102,7 @@ def run(
     inputs: dict[str, Tree],
     steps: int,
     requires: Requires = "solution",
-    keep: Keep = Keep(),  # ruff: ignore[function-call-in-default-argument]  frozen
+    keep: Keep = Keep(),
 ) -> Run:
     """Run the inner loop of a level with no level below it, and hand over its solution.
 
@@ -197,14 +197,18 @@ def hand_over(
     def update(at: Tree, state: Tree, x: dict[str, Tree], t: int | None = None) -> Standing:
         return problem.update(at, state, seen(x, t), number(t), correction(t))[:2]
 
-    def apply(at: Tree, state: Tree, x: dict[str, Tree], gradient: Tree, t: int | None) -> Standing:
+    def updates(at: Tree, state: Tree, x: dict[str, Tree], gradient: Tree, t: int | None) -> tuple[Tree, Tree]:
         whole = gradient if correction(t) is None else _tree.add(gradient, correction(t))
-        return problem.apply(at, state, seen(x, t), whole, number(t))
+        return problem.updates(at, state, seen(x, t), whole)
 
     def evaluate(call: Call, first: Tree, x: dict[str, Tree], draw: int | None = None) -> Any:
         return problem.evaluate(call, first, x, last if draw is None else last + 1 + draw)
 
-    parts = Parts(cost=lambda at, x, t: problem.cost(at, seen(x, t), number(t))[0], apply=apply)
+    parts = Parts(
+        cost=lambda at, x, t: problem.cost(at, seen(x, t), number(t))[0],
+        updates=updates,
+        excess=lambda at, x, t: problem.excess(at, seen(x, t), number(t)),
+    )
     solved = Solved(
         params=end[0],
         opt_state=end[1],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -12,25 +14,33 @@ from funcmlo import _tree
 from funcmlo.operators import Operator, ravel, unravel
 from tests.oracles import assert_agrees, bits, dense_implicit, fingerprint
 from tests.programs import BATCHES, SGD, program, start
-from tests.registry import ESTIMATORS, STRUCTURES, Quadratic, quadratic, solved, structures, vector_like
+from tests.registry import (
+    COMPUTED,
+    DIFFERENCE,
+    ESTIMATORS,
+    RELATIVE,
+    STRUCTURES,
+    Quadratic,
+    quadratic,
+    solved,
+    structures,
+    vector_like,
+)
 
 CONDITION = 3.0
 STEPS = 60
-# The farthest any estimator may be from its target on these quadratics: CG and the dense solve reach rounding times
-# the condition number; with eigenvalues in [1/3, 1], K Neumann terms and K gradient steps of rate 1 leave
-# (2/3)^60 ≈ 3e-11 of J in its least eigenvector, at most 3 times that relative to the whole; the central difference of
-# a linear gradient has rounding √ε times the norms and no other error.
-RELATIVE = {"itd": 1e-10, "cg": 1e-12, "neumann": 1e-10, "direct": 1e-12, "finite difference": 1e-6}
+# The ways to the same derivative of the unrolled steps are held to the first of them, on a few steps: see test_itd.py.
+CONVERGING = [name for name in COMPUTED if name == "itd" or not name.startswith("itd")]
 
 
-def at_solution(problem: Quadratic, estimator: fm.BestResponse) -> fm.Solved:
-    if estimator.requires == "trajectory":
-        return solved(problem.loss, problem.params, problem.inputs, estimator, steps=STEPS)
+def at_solution(problem: Quadratic, estimator: fm.BestResponse, steps: int = STEPS) -> fm.Solved:
+    if estimator.claims.target == "unrolled":
+        return solved(problem.loss, problem.params, problem.inputs, estimator, steps=steps)
     return solved(problem.loss, problem.solution(), problem.inputs, estimator)
 
 
 def target(problem: Quadratic, estimator: fm.BestResponse, v: object) -> dict[str, torch.Tensor]:
-    if estimator.claims.target == "identity":
+    if estimator.claims.target in {"identity", "step"}:  # the step is gradient descent's with rate 1
         return {name: b.T @ ravel(v).double() for name, b in problem.b.items()}
     return problem.response(v)
 
@@ -45,7 +55,7 @@ def in_double(tree: object) -> object:
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", CONVERGING)
 def test_closed_form_for_several_inputs(name: str, structure: str) -> None:
     params = in_double(STRUCTURES[structure]())
     inputs = {"x": torch.zeros(3).double(), "z": in_double(STRUCTURES["nested"]())}
@@ -57,11 +67,11 @@ def test_closed_form_for_several_inputs(name: str, structure: str) -> None:
     for key, reference in target(problem, estimator, v).items():
         assert _tree.mismatch(inputs[key], answers[key]) is None
         assert_agrees(answers[key], reference, relative=RELATIVE[name], size=size(problem, v, key))
-    assert stats.hvps + stats.gradients + stats.steps > 0 or not _tree.size(params)
+    assert stats.hvps + stats.gradients + stats.steps + stats.replayed > 0 or not _tree.size(params)
 
 
 @given(params=structures(), x=structures(), seed=st.integers(0, 2**20), condition=st.sampled_from([1.0, CONDITION]))
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", CONVERGING)
 def test_closed_form_on_random_trees(name: str, params: object, x: object, seed: int, condition: float) -> None:
     problem = quadratic(params, {"x": x}, seed, condition)
     estimator = ESTIMATORS[name](problem.top, _tree.size(params))
@@ -82,13 +92,15 @@ def test_dtypes_are_kept(name: str, params: object, seed: int) -> None:
         pull = sum((problem.b[n].float().sum(0) @ ravel(tree).float() for n, tree in x.items()), torch.zeros(()))
         return sum((leaf.float() ** 2).sum() - leaf.float().sum() * pull for leaf in _tree.leaves(y)) + 0.0 * pull
 
-    at = solved(loss, problem.params, problem.inputs, estimator, steps=2 if estimator.requires == "trajectory" else 0)
-    answers, _, _ = estimator.vjp(at, vector_like(params, seed), None)
+    at = solved(loss, problem.params, problem.inputs, estimator, steps=2 if estimator.claims.target == "unrolled" else 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fm.FuncmloWarning)  # a series of scale 1 diverges on this Hessian, and says so
+        answers, _, _ = estimator.vjp(at, vector_like(params, seed), estimator.init(params))
     assert _tree.mismatch(problem.inputs, answers) is None
     assert _tree.finite(answers)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", CONVERGING)
 def test_float32_has_float32_accuracy(name: str) -> None:
     double = quadratic(in_double(STRUCTURES["dict"]()), {"x": torch.zeros(3).double()}, seed=4)
     estimator = ESTIMATORS[name](double.top, 6)
@@ -99,12 +111,12 @@ def test_float32_has_float32_accuracy(name: str) -> None:
         flat = ravel(y)
         return 0.5 * flat @ (a @ flat) - flat @ (b @ inputs["x"])
 
-    trajectory = estimator.requires == "trajectory"
+    trajectory = estimator.claims.target == "unrolled"
     at = _tree.map(torch.Tensor.float, double.params if trajectory else double.solution())
     v = vector_like(params, seed=5)
     answers, _, _ = estimator.vjp(solved(loss, at, x, estimator, steps=STEPS if trajectory else 0), v, None)
     # float32's ε = 1.2e-7 times cond = 3 and a few dozen operations; the central difference loses half the digits, √ε.
-    relative = 5e-3 if name == "finite difference" else 2e-5
+    relative = 5e-3 if RELATIVE[name] >= DIFFERENCE else 2e-5
     reference = target(double, estimator, in_double(v))["x"]
     assert answers["x"].dtype == torch.float32
     assert_agrees(answers["x"].double(), reference, relative=relative, size=size(double, v))
@@ -116,7 +128,7 @@ def test_linear_in_the_cotangent_and_repeatable(name: str, seed: int) -> None:
     params = in_double(STRUCTURES["nested"]())
     problem = quadratic(params, {"x": torch.zeros(4).double()}, seed)
     estimator = ESTIMATORS[name](problem.top, _tree.size(params))
-    at = at_solution(problem, estimator)
+    at = at_solution(problem, estimator, steps=2)
     u, v = vector_like(params, seed), vector_like(params, seed + 1)
 
     def answer(cotangent: object) -> torch.Tensor:
@@ -124,7 +136,9 @@ def test_linear_in_the_cotangent_and_repeatable(name: str, seed: int) -> None:
 
     both = answer(_tree.add_scaled(u, -3.0, v))
     terms = size(problem, u) + 3.0 * size(problem, v)
-    assert_agrees(both, answer(u) - 3.0 * answer(v), relative=3 * RELATIVE[name], size=terms)
+    # The forward gradient's terms are ⟨v, Jr⟩ r, √N longer than Jᵀv.
+    relative = DIFFERENCE if name == "perturbed solve" else 4 * RELATIVE[name]
+    assert_agrees(both, answer(u) - 3.0 * answer(v), relative=3 * relative, size=terms)
     assert bits(answer(u)) == bits(answer(u))
     zero = answer(_tree.zeros_like(u))
     assert torch.equal(zero, torch.zeros(4).double())
@@ -135,7 +149,7 @@ def test_nothing_handed_in_is_changed(name: str) -> None:
     params = in_double(STRUCTURES["nested"]())
     problem = quadratic(params, {"x": torch.zeros(4).double()}, seed=5)
     estimator = ESTIMATORS[name](problem.top, _tree.size(params))
-    at, v = at_solution(problem, estimator), vector_like(params, seed=3)
+    at, v = at_solution(problem, estimator, steps=2), vector_like(params, seed=3)
     before = fingerprint((at.params, at.inputs, at.opt_state, v, problem.params, problem.inputs))
     estimator.vjp(at, v, None)
     assert fingerprint((at.params, at.inputs, at.opt_state, v, problem.params, problem.inputs)) == before

@@ -92,13 +92,17 @@ def test_nothing_that_comes_in_is_changed_and_twice_is_the_same(name: str, optim
     estimator = ESTIMATORS[name](1.0, 4)
     p = program(estimator, OPTIMIZERS[optimizer]())
     params = start()
+
+    def around(t: int) -> torch.Tensor:
+        return BATCHES[t % len(BATCHES)]
+
     state, _ = p.step(p.init(params), {"y": BATCHES[0]})
     before = fingerprint((params, state, BATCHES))
     torch.manual_seed(5)
-    first, metrics = p.step(state, {"y": BATCHES.__getitem__})
+    first, metrics = p.step(state, {"y": around})
     torch.manual_seed(6)
-    second, again = p.step(state, {"y": BATCHES.__getitem__})
-    one, two = (p.hypergradient(state, {"y": BATCHES.__getitem__}, of="x") for _ in range(2))
+    second, again = p.step(state, {"y": around})
+    one, two = (p.hypergradient(state, {"y": around}, of="x") for _ in range(2))
     assert fingerprint((params, state, BATCHES)) == before
     assert bits(first) == bits(second)
     assert bits(metrics["y"]["costs"]) == bits(again["y"]["costs"])

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from funcmlo import _tracing
 from funcmlo._tree import Tree
+from funcmlo.errors import EstimatorError
 from funcmlo.hypergrad.solved import Keep, Solved
 from funcmlo.hypergrad.stats import Stats
 
@@ -67,6 +69,13 @@ class BestResponse(ABC):
 
     requires: ClassVar[Requires] = "solution"
     claims: ClassVar[Claims] = Claims()
+    sees_step: ClassVar[bool] = False
+    """Whether it looks at the optimizer's step, the projection included, and not at the cost alone."""
+
+    @property
+    def in_the_open(self) -> bool:
+        """Whether the inner steps are differentiated where they are made, by whoever differentiates the program: `ITD()`."""
+        return False
 
     def init(self, params: Tree) -> Any:
         """Return the estimator's initial state for a level with these parameters; None when it keeps nothing."""
@@ -97,3 +106,20 @@ class BestResponse(ABC):
         Returns:
             The cotangents by input name (each a tree like that input), the new state, and the stats.
         """
+
+
+def check_mapped(owner: str, response: BestResponse) -> None:
+    """Raise under a torch.func transform if an estimator says that it does not work there.
+
+    Args:
+        owner: whose response it is, for the message.
+        response: the estimator.
+
+    Raises:
+        EstimatorError: its claims say `vmap=False`, and a transform is active.
+    """
+    if not response.claims.vmap and _tracing.transforming():
+        raise EstimatorError(
+            f"{owner}: {type(response).__name__} does not work under torch.func transforms (its claims say vmap=False); "
+            "call it in a loop, or use AID(…) or ITD()."
+        )

@@ -6,11 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from funcmlo import _diff, _tree
 from funcmlo._tree import Tree
+from funcmlo.curvature.cross import check_loss, mixed_difference
 from funcmlo.errors import DefinitionError
 from funcmlo.hypergrad.base import BestResponse, Claims, Requires
 from funcmlo.hypergrad.solved import Solved
@@ -53,10 +50,7 @@ class FiniteDifference(BestResponse):
 
     def __post_init__(self) -> None:
         """Refuse a step that is not positive."""
-        if self.scale is not None and not 0 < self.scale < math.inf:
-            raise DefinitionError(
-                f"FiniteDifference(scale={self.scale!r}): expected a positive number, or None to choose it."
-            )
+        check_scale("FiniteDifference", self.scale)
 
     def vjp(self, solved: Solved, cotangent: Tree, state: Any) -> tuple[dict[str, Tree], Any, Stats]:
         """Return the central difference of ∇_x g along v, for every input.
@@ -69,28 +63,20 @@ class FiniteDifference(BestResponse):
         Returns:
             The cotangents by input name, the state, and the stats.
         """
+        check_loss("FiniteDifference", solved)
+        return mixed_difference(solved, cotangent, self.scale), state, Stats(gradients=2)
 
-        def gradients(y: Tree) -> dict[str, Tree]:
-            gradient: dict[str, Tree]
-            _, _, (gradient,), _ = _diff.value_and_grads(lambda x: (solved.loss(y, x), None), [solved.inputs])
-            return gradient
 
-        epsilon = self._step(solved, cotangent)
-        ahead = gradients(_tree.add_scaled(solved.params, epsilon, cotangent))
-        behind = gradients(_tree.add_scaled(solved.params, -epsilon, cotangent))
+def check_scale(owner: str, scale: float | None) -> None:
+    """Raise unless a difference's scale is a positive number or None.
 
-        def quotient(a: Tensor, b: Tensor) -> Tensor:
-            wide = torch.promote_types(a.dtype, epsilon.dtype)  # 1/2ε may be beyond half precision
-            return ((a.to(wide) - b.to(wide)) * (-0.5 / epsilon.to(a.device))).to(a.dtype)
+    Args:
+        owner: the estimator's name, for the message.
+        scale: what the user gave.
 
-        return _tree.map(quotient, ahead, behind), state, Stats(gradients=2)
-
-    def _step(self, solved: Solved, v: Tree) -> Tensor:
-        """ε, a 0-d tensor; any finite number does for v = 0, where both gradients are the same."""
-        v_norm = _tree.norm(v)
-        if self.scale is not None:
-            length = torch.full_like(v_norm, self.scale)
-        else:
-            # The gradients by the inputs are no better than the coarsest leaf that goes into them or comes out.
-            length = _tree.coarsest_epsilon((v, solved.inputs)) ** 0.5 * (1 + _tree.norm(solved.params))
-        return length / torch.where(v_norm > 0, v_norm, 1)
+    Raises:
+        DefinitionError: it is not.
+    """
+    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if scale is not None and not (number and 0 < scale < math.inf):
+        raise DefinitionError(f"{owner}(scale={scale!r}): expected a positive number, or None to choose it.")

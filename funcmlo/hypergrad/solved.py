@@ -65,16 +65,17 @@ class Closed:
 
 @dataclass(frozen=True)
 class Parts:
-    """The inner step (y, s) ↦ A(y, s, x, ∇_y g_t(y, x)) taken apart.
+    """The inner step (y, s) ↦ (P(y + u), s′), (u, s′) = A(y, s, x, ∇_y g_t(y, x)), taken apart.
 
     Attributes:
         cost: `cost(params, inputs, t)`, g_t with the batch and the randomness of step t; with None for t, the last step's.
-        apply: `apply(params, opt_state, inputs, gradient, t)` → (params, opt_state), what the optimizer and the
-            projection make of a gradient.
+        updates: `updates(params, opt_state, inputs, gradient, t)` → (u, opt_state), what the optimizer makes of a gradient.
+        excess: `excess(params, inputs, t)`, P(y) − y for the level's projection P; None where it has none.
     """
 
     cost: Callable[[Tree, dict[str, Tree], int | None], Tensor]
-    apply: Callable[[Tree, Tree, dict[str, Tree], Tree, int | None], Standing]
+    updates: Callable[[Tree, Tree, dict[str, Tree], Tree, int | None], tuple[Tree, Tree]]
+    excess: Callable[[Tree, dict[str, Tree], int | None], Tree]
 
 
 @dataclass(frozen=True)

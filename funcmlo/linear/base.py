@@ -74,8 +74,14 @@ class LinearSolver(ABC):
     """Whether it applies H at all."""
     goes_on: ClassVar[bool] = False
     """Whether it goes on from a `start`."""
+    carries_solution: ClassVar[bool] = True
+    """Whether what a solution carries is w itself, so that the next start may be extrapolated."""
     inverts: ClassVar[bool] = True
-    """Whether its answer approximates H⁻¹v (and has all statistics), or is another map of v by design."""
+    """Whether its answer approximates H⁻¹v, or is another map of v by design."""
+    differentiable: ClassVar[bool] = True
+    """Whether its answer can be differentiated again as that of a solve, with all its statistics known."""
+    vmap: ClassVar[bool] = True
+    """Whether it works on problems mapped by `torch.func.vmap`."""
     exact: ClassVar[bool] = True
     """Whether its answer reaches H⁻¹v to rounding with ordinary settings (else to its knob's accuracy)."""
     knob: ClassVar[str | None] = None

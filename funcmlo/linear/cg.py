@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from funcmlo import _tree
 from funcmlo._tree import Tree
 from funcmlo.linear.base import LinearSolver, Solution, may_stop
+from funcmlo.linear.beginning import begin, damped, normalized, rounding
 from funcmlo.linear.checks import check_iterations, check_not_negative
 from funcmlo.linear.preconditioner import Preconditioner, check_preconditioner, preconditioning
 from funcmlo.operators import Operator
@@ -25,7 +25,7 @@ class CG(LinearSolver):
     that it has, or, at the first step, takes p itself, as an identity inverse would (Nocedal and Wright, alg. 7.1).
 
     Args:
-        iterations: the most products with H.
+        iterations: the most iterations, one product with H each (a warm start costs one more).
         tol: stop when ‖v − Hw‖ ≤ tol · ‖v‖; never less than two machine epsilons. The residual is the recursion's own:
             where H is ill-conditioned for the dtype, the true one is larger.
         damping: λ ≥ 0.
@@ -81,36 +81,33 @@ class CG(LinearSolver):
             operator: H, symmetric.
             prepared: the preconditioner.
             rhs: v.
-            start: where to go on from, at one product more; zero is taken instead where that is nearer.
+            start: where to go on from, at one product more; zero is taken instead where it is of no use.
 
         Returns:
             w with its statistics; a zero v gives zero at once.
         """
-        epsilon = _tree.coarsest_epsilon(rhs)
-        rounding = min(_FLAT * epsilon, epsilon**0.75)
-        target = max(self.tol, 2 * epsilon)
-        # On v/‖v‖, so that no product of norms under- or overflows; a v whose 1/‖v‖ overflows counts as zero.
-        v_norm = _tree.norm(rhs)
-        active = v_norm > torch.finfo(v_norm.dtype).tiny
-        r = _tree.scale(1 / torch.where(active, v_norm, 1), rhs)
-        x, fresh = _tree.zeros_like(rhs), active
+        flatness, target = rounding(rhs), max(self.tol, 2 * _tree.coarsest_epsilon(rhs))
+        product = damped(operator, self.damping)
+        r, v_norm, active = normalized(rhs)
+        x = _tree.zeros_like(rhs)
         if start is not None:
-            x, r, fresh = self._begin(operator, r, start)
+            x, r = begin(product, r, start)
+        fresh = _tree.norm(x) == 0
         r_norm = torch.where(active, _tree.norm(r), 0)
-        active = active & (fresh | (r_norm > target))
+        active = active & (fresh | ~(r_norm <= target))
         p = z = prepared(r)
         rz = _tree.dot(r, z)
         steepest = torch.zeros_like(v_norm)  # the largest ‖Hp‖ / ‖p‖ seen, an estimate of ‖H‖
         iterations = torch.zeros_like(v_norm, dtype=torch.int64)
         negative = torch.zeros_like(active)
 
-        for k in range(self.iterations if start is None else self.iterations - 1):
+        for k in range(self.iterations):
             if may_stop(active):
                 break
-            hp = self._damped(operator, p)
+            hp = product(p)
             curvature, length = _tree.dot(p, hp), _tree.dot(p, p)
             steepest = torch.maximum(steepest, torch.where(active, _tree.norm(hp) / length.sqrt(), 0))
-            flat = active & (curvature <= rounding * steepest * length)  # not for NaN, which goes on into x
+            flat = active & (curvature <= flatness * steepest * length)  # not for NaN, which goes on into x
             if k == 0:
                 first = flat & fresh
                 iterations = iterations + first
@@ -130,22 +127,3 @@ class CG(LinearSolver):
 
         w = _tree.scale(v_norm, x)
         return Solution(w, iterations, r_norm, (r_norm <= target) & ~negative, negative, carry=w)
-
-    def _damped(self, operator: Operator, p: Tree) -> Tree:
-        """(H + λI) p."""
-        return operator(p) if not self.damping else _tree.add_scaled(operator(p), self.damping, p)
-
-    def _begin(self, operator: Operator, v: Tree, start: Tree) -> tuple[Tree, Tree, Tensor]:
-        """Begin at αs, with the α ≥ 0 that is best in the energy norm: x, v − Hx, and whether that is zero."""
-        length = _tree.norm(start)
-        s = _tree.scale(1 / torch.where(length > 0, length, 1), start)
-        hs = self._damped(operator, s)
-        curvature, slope = _tree.dot(s, hs), _tree.dot(s, v)
-        good = (curvature > 0) & (slope > 0)
-        alpha = torch.where(good, slope / torch.where(good, curvature, 1), 0)
-        return _tree.scale(alpha, s), _tree.add_scaled(v, -alpha, hs), ~good
-
-
-# Curvature pᵀHp/pᵀp below this many epsilons of ‖H‖ is rounding (in half precision: below ε^¾): a product carries a
-# few, and dividing by it would blow up what a singular system leaves in its null space.
-_FLAT = 64

@@ -36,3 +36,33 @@ def check_not_negative(owner: str, **settings: float) -> None:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not 0 <= value < float("inf"):
             raise DefinitionError(f"{owner}({name}={value!r}): expected a finite number that is not negative.")
+
+
+def check_positive(owner: str, **settings: float) -> None:
+    """Raise unless settings are finite numbers above zero.
+
+    Args:
+        owner: the solver's name, for the message.
+        **settings: what the user gave, by name.
+
+    Raises:
+        DefinitionError: one is not.
+    """
+    for name, value in settings.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 < value < float("inf"):
+            raise DefinitionError(f"{owner}({name}={value!r}): expected a finite number above zero.")
+
+
+def check_seed(owner: str, seed: int) -> None:
+    """Raise unless a seed is an integer that is not negative.
+
+    Args:
+        owner: the solver's name, for the message.
+        seed: what the user gave.
+
+    Raises:
+        DefinitionError: it is not.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise DefinitionError(f"{owner}(seed={seed!r}): expected an integer that is not negative.")

@@ -21,7 +21,7 @@ from funcmlo import _diff, _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.errors import EstimatorError
 from funcmlo.linear.base import LinearSolver, Solution
-from funcmlo.operators import Operator
+from funcmlo.operators import Operator, with_transpose
 
 NO_FORWARD_MODE = (
     "an implicit response has no forward-mode derivative (jvp, jacfwd, hessian); use reverse mode (grad, vjp, jacrev)."
@@ -40,12 +40,14 @@ class System:
         condition: F.
         symmetric: whether ∂F/∂y is symmetric.
         transposed: whether the system is ∂F/∂y w = v instead.
+        point: the solved level that F belongs to, which the operator carries; None where there is none.
     """
 
     solver: LinearSolver
     condition: Condition
     symmetric: bool = True
     transposed: bool = False
+    point: Any = None
 
     def within(self, constants: Tree, y: Tree, x: Tree, body: Callable[[Operator, _diff.Pullback], Tree]) -> Tree:
         """Do something with the matrix-free operator at (y, x).
@@ -66,14 +68,17 @@ class System:
             def matvec(u: Tree) -> Tree:
                 return pullback(u, wrt=[0])[0]
 
-            if self.symmetric or not self.transposed:
-                return body(Operator(matvec, like=y, symmetric=self.symmetric), pullback)
-            # The transpose of u ↦ Aᵀu is the derivative of that linear map.
-            return _diff.with_vjp(
-                lambda u: (matvec(u), None),
-                [_tree.zeros_like(y)],
-                lambda _, __, back: body(Operator(lambda u: back(u)[0], like=y, symmetric=False), pullback),
-            )
+            plain = Operator(matvec, like=y, symmetric=self.symmetric, point=self.point)
+            if self.symmetric or not (self.transposed or self.solver.needs_transpose):
+                return body(plain, pullback)
+
+            def both_ways(operator: Operator) -> Tree:
+                assert operator.transpose is not None
+                if not self.transposed:
+                    return body(operator, pullback)
+                return body(replace(operator, matvec=operator.transpose, transpose=operator.matvec), pullback)
+
+            return with_transpose(plain, both_ways)
 
         return _diff.with_vjp(lambda at, inputs: (self.condition(constants, at, inputs), None), [y, x], with_operator)
 

@@ -1,0 +1,38 @@
+"""What a level's optimizer makes of a gradient, as a linear map."""
+
+from __future__ import annotations
+
+from funcmlo import _diff, _tree
+from funcmlo._tree import Tree
+from funcmlo.curvature.cross import gradient
+from funcmlo.errors import EstimatorError
+from funcmlo.hypergrad.solved import Solved
+
+
+def adaptation(solved: Solved, v: Tree) -> Tree:
+    """Return −(∂u/∂g)ᵀ v for the update u(g) that the optimizer would make next, at g = ∇_y g(y*, x).
+
+    torchopt's updates are added, so u has the learning rate's minus sign in it: for gradient descent the answer is the
+    learning rate times v, for Adam v scaled by its second moments.
+
+    Args:
+        solved: the level at its solution.
+        v: a tree like `solved.params`.
+
+    Returns:
+        A tree like v.
+
+    Raises:
+        EstimatorError: the level has no optimizer.
+    """
+    parts, y, x = solved.parts, solved.params, solved.inputs
+    if parts is None:
+        raise EstimatorError(
+            "the level has no optimizer (an outside solver or a fixed point), so there is no update to adapt to; use "
+            "AID(CG(…)) or FiniteDifference()."
+        )
+
+    def update(g: Tree) -> tuple[Tree, None]:
+        return parts.updates(y, solved.opt_state, x, g, None)[0], None
+
+    return _tree.negative(_diff.with_vjp(update, [gradient(solved, y, x)], lambda _, __, back: back(v)[0]))

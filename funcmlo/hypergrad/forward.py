@@ -1,0 +1,55 @@
+"""Forward mode through an inner loop: (Jᵀv)_i = ⟨v, J e_i⟩, one product with J for each scalar input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from funcmlo import _diff, _tree
+from funcmlo._tree import Tree
+from funcmlo.errors import EstimatorError
+from funcmlo.hypergrad.solved import Solved, Standing
+from funcmlo.operators import ravel, unravel
+
+
+def columnwise(solved: Solved, cotangent: Tree, begin: Standing | None, first: int, chunk: int | None) -> dict[str, Tree]:
+    """Return (∂y_T/∂x)ᵀ v for every input, the directions mapped by vmap.
+
+    Args:
+        solved: the loop.
+        cotangent: v, a tree like the parameters.
+        begin: the standing before the first step that is differentiated; None for the loop's own start.
+        first: that step.
+        chunk: how many directions are taken at once; None for all.
+
+    Returns:
+        The cotangents by input name.
+
+    Raises:
+        EstimatorError: something in the inner steps has no forward derivative.
+    """
+    size = _tree.size(solved.inputs)
+    if not size or not _tree.leaves(cotangent):
+        return dict(_tree.zeros_like(solved.inputs))
+
+    def ending(inputs: dict[str, Tree]) -> Tree:
+        y, s = solved.start(inputs) if begin is None else begin
+        for t in range(first, solved.steps):
+            y, s = solved.update(y, s, inputs, t)
+        return y
+
+    def component(direction: Tensor) -> Tensor:
+        return _tree.dot(cotangent, _diff.jvp(ending, solved.inputs, unravel(direction, solved.inputs)))
+
+    basis = torch.eye(size, dtype=_tree.precision(solved.inputs), device=_tree.leaves(solved.inputs)[0].device)
+    try:
+        with torch.no_grad():
+            components = torch.func.vmap(component, randomness="same", chunk_size=chunk)(basis)
+    except NotImplementedError as error:
+        if "forward AD" not in str(error):
+            raise
+        raise EstimatorError(
+            f"ITD(mode='forward'): an operation of the inner steps has no forward derivative "
+            f"({str(error).splitlines()[0]}); use mode='reverse'."
+        ) from error
+    return dict(unravel(components.to(ravel(solved.inputs).dtype), solved.inputs))

@@ -1,0 +1,329 @@
+"""Peak memory of ITD's modes against the number of inner steps, each cell in a fresh process.
+
+    python -m tests.benchmarks.memory [--preset smoke] [--figure docs/itd-memory.png]
+
+A cell is one hypergradient; its peak is the process's VmHWM less its resident memory after set-up and a warm-up. Not a
+child's ru_maxrss, which begins at its parent's. Seconds are of one run on whatever else the machine was doing: rough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+QUIET = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "OMP_NUM_THREADS": "1",
+    # What is freed goes back to the system at once. Else glibc raises its threshold with every large block that is freed
+    # and keeps up to twice that at the heap's top, and the peak tells of the allocator's history and not of what is held.
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+}
+MB = 1e6
+
+MODES = {
+    "store": "ITD()",
+    "recompute": "ITD(memory='recompute')",
+    "mixed": "ITD(memory='mixed')",
+    "Checkpoint()": "ITD(memory=Checkpoint())",
+    "Checkpoint(arity=2)": "ITD(memory=Checkpoint(arity=2))",
+    "Checkpoint(arity=4)": "ITD(memory=Checkpoint(arity=4))",
+    "Checkpoint(mixed=True)": "ITD(memory=Checkpoint(mixed=True))",
+    "forward": "ITD(mode='forward')",
+    "ForwardGradient(2)": "ForwardGradient(samples=2)",
+}
+
+
+def halvings(steps: int, arity: int) -> int:
+    """⌈log_k T⌉, how often a loop is cut into k until its parts are single steps."""
+    return 0 if steps <= 1 else 1 + halvings(-(-steps // arity), arity)
+
+
+LEAST = 2
+"""The T whose peak is taken for the constant: in a first step there is no tangent yet."""
+
+CLAIMS: dict[str, tuple[str, Callable[[int], float]]] = {
+    "store": ("T", lambda t: t),
+    "recompute": ("T", lambda t: t),
+    "mixed": ("T", lambda t: t),
+    "Checkpoint()": ("2√T", lambda t: min(t, 2 * math.sqrt(t))),
+    "Checkpoint(arity=2)": ("2 log₂T", lambda t: min(t, 2 * halvings(t, 2))),
+    "Checkpoint(arity=4)": ("4 log₄T", lambda t: min(t, 4 * halvings(t, 4))),
+    "forward": ("flat", lambda t: 0),
+    "ForwardGradient(2)": ("flat", lambda t: 0),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one process measures."""
+
+    mode: str
+    steps: int
+    optimizer: str = "sgd"
+    batch: int = 32
+    width: int = 512
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What it found: peak bytes above the start, seconds, the hypergradient, and the bytes of the parameters."""
+
+    peak: int
+    seconds: float
+    gradient: list[float]
+    parameters: int
+
+
+def resident(field: str) -> int:
+    """Return VmHWM, the peak, or VmRSS of this process, in bytes."""
+    line = next(x for x in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if x.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak() -> int:
+    """Let VmHWM begin again where memory stands, if the system permits it, and return it."""
+    gc.collect()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return resident("VmHWM")
+
+
+def fresh(module: str, arguments: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
+    """Run `python -m module --child arguments` and return the JSON that it prints last."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--child", json.dumps(arguments)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{module} {arguments} failed ({done.returncode}):\n{done.stderr[-2000:]}")
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def problem(response: Any, optimizer: Any, steps: int, layers: Sequence[int], batch: int) -> tuple[Any, Any, dict[str, Any]]:
+    """A student net with a weight decay for each layer, learned on a validation set; batches are made by their step."""
+    import torch
+    import torch.nn.functional as F
+
+    import funcmlo as fm
+
+    torch.manual_seed(0)
+    pieces: list[torch.nn.Module] = []
+    for inner, outer in pairwise(layers):
+        pieces += [torch.nn.Linear(inner, outer), torch.nn.Tanh()]
+    net = fm.Stateless(torch.nn.Sequential(*pieces[:-1]))
+    teacher = torch.randn(layers[0], layers[-1])
+
+    def draw(t: int, size: int = batch) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(size, layers[0], generator=torch.Generator().manual_seed(t))
+        return x, (x @ teacher).argmax(1)
+
+    weights = [name for name in net.params() if name.endswith("weight")]
+
+    def train(student: dict[str, torch.Tensor], decay: torch.Tensor, batch: Any) -> torch.Tensor:
+        x, y = batch
+        norms = torch.stack([student[name].square().sum() for name in weights])
+        return F.cross_entropy(net(student, x), y) + (decay.exp() * norms).sum()
+
+    held_out = draw(10**9, 64)
+
+    def valid(decay: torch.Tensor, student: dict[str, torch.Tensor]) -> torch.Tensor:
+        return F.cross_entropy(net(student, held_out[0]), held_out[1])
+
+    program = fm.Multilevel(
+        fm.Level("student", train, optimizer, steps=steps, response=response),
+        fm.Level("decay", valid, optimizer),
+    )
+    state = program.init({"student": net.params(), "decay": torch.full((len(weights),), -7.0)})
+    return program, state, {"student": draw}
+
+
+def measure(cell: Cell) -> Measured:
+    """Measure a cell in this process."""
+    import torch
+    import torchopt
+
+    import funcmlo as fm
+
+    torch.set_num_threads(1)
+    optimizer = torchopt.sgd(0.1) if cell.optimizer == "sgd" else torchopt.adam(1e-3)
+    response = eval(MODES[cell.mode], {name: getattr(fm, name) for name in ("ITD", "Checkpoint", "ForwardGradient")})
+    layers = (64, cell.width, cell.width, 10)
+    warm, state, batches = problem(response, optimizer, 2, layers, cell.batch)
+    warm.hypergradient(state, batches, of="decay")
+    program, state, batches = problem(response, optimizer, cell.steps, layers, cell.batch)
+    del warm
+    start = reset_peak()
+    begin = time.process_time()
+    gradient = program.hypergradient(state, batches, of="decay")
+    seconds = time.process_time() - begin
+    peak = resident("VmHWM") - start
+    size = sum(x.numel() * x.element_size() for x in state.params["student"].values())
+    return Measured(peak, seconds, gradient.tolist(), size)
+
+
+def cell(**settings: Any) -> Measured:
+    """Measure a cell in a process of its own."""
+    return Measured(**fresh("tests.benchmarks.memory", asdict(Cell(**settings)), QUIET))
+
+
+def against_steps(modes: Sequence[str], optimizer: str, steps: Sequence[int], width: int) -> dict[str, dict[int, Measured]]:
+    """Measure every mode at every T, and print what came out."""
+    found = {
+        name: {t: cell(mode=name, steps=t, optimizer=optimizer, width=width) for t in (LEAST, *steps)} for name in modes
+    }
+    size = found["recompute"][LEAST].parameters
+    print(f"\n{optimizer}: peak MB above the start against T, p = {size / MB:.2f} MB of parameters, batches of 32")
+    table(found, (LEAST, *steps), lambda m, t: f"{m.peak / MB:.1f}")
+    print(f"\n{optimizer}: seconds relative to recompute's at the same T, rough")
+    table(found, steps, lambda m, t: f"{m.seconds / found['recompute'][t].seconds:.2f}")
+    print(f"\n{optimizer}: growth of peak(T) − peak({LEAST}), in brackets as claimed; where the claim is flat, of peak(T)")
+    print(f"{'':24}" + "".join(f"{f'{a} → {b}':>18}" for a, b in pairwise(steps)) + "  claim")
+    for name, row in found.items():
+        law, count = CLAIMS[name]
+        cells = [growth({t: m.peak for t, m in row.items()}, count, a, b) for a, b in pairwise(steps)]
+        print(f"{name:24}" + "".join(f"{text:>18}" for text in cells) + f"  {law}")
+    exact = {name: row for name, row in found.items() if name != "ForwardGradient(2)"}
+    apart = max(distance(row[t].gradient, found["recompute"][t].gradient) for row in exact.values() for t in row)
+    print(f"the answers differ by {apart:.0e} at most, of the largest entry (ForwardGradient aside)")
+    return found
+
+
+def distance(a: Sequence[float], b: Sequence[float]) -> float:
+    """‖a − b‖ / ‖b‖ in the largest entry."""
+    return max(abs(x - y) for x, y in zip(a, b, strict=True)) / max(map(abs, b))
+
+
+def growth(peaks: dict[int, int], count: Callable[[int], float], a: int, b: int) -> str:
+    """How the peak grew from T = a to b beside how it should."""
+    if b not in peaks:
+        return "-"
+    if not count(b):
+        return f"{peaks[b] / peaks[a]:.2f} (1.00)"
+    claim = (count(b) - count(LEAST)) / (count(a) - count(LEAST))
+    return f"{(peaks[b] - peaks[LEAST]) / (peaks[a] - peaks[LEAST]):.2f} ({claim:.2f})"
+
+
+def against_batch(modes: Sequence[str], steps: int, batches: Sequence[int], width: int) -> dict[str, dict[int, Measured]]:
+    """Measure at one T with growing batches: what one step takes."""
+    found = {name: {size: cell(mode=name, steps=steps, batch=size, width=width) for size in batches} for name in modes}
+    print(f"\nsgd: peak MB above the start against the batch, T = {steps}")
+    table(found, batches, lambda m, size: f"{m.peak / MB:.1f}")
+    return found
+
+
+def table(
+    found: dict[str, dict[int, Measured]], columns: Sequence[int], text: Callable[[Measured, int], str], width: int = 10
+) -> None:
+    """Print one row for each mode."""
+    print(f"{'':24}" + "".join(f"{column:>{width}}" for column in columns))
+    for name, row in found.items():
+        print(f"{name:24}" + "".join(f"{text(row[c], c) if c in row else '-':>{width}}" for c in columns))
+
+
+STYLES = {
+    "store": ("black", "o", "-"),
+    "recompute": ("C0", "s", "-"),
+    "mixed": ("C1", "D", "--"),
+    "Checkpoint()": ("C2", "^", "-"),
+    "Checkpoint(mixed=True)": ("C2", "v", "--"),
+    "Checkpoint(arity=4)": ("C3", "P", "-."),
+    "Checkpoint(arity=2)": ("C4", "X", ":"),
+    "forward": ("C5", "*", "-"),
+    "ForwardGradient(2)": ("0.5", "h", ":"),
+}
+"""Colour, marker and line: the last two tell the modes apart in black and white."""
+
+
+def draw_figure(
+    path: Path, by_steps: dict[str, dict[int, Measured]], by_batch: dict[str, dict[int, Measured]], at: int
+) -> None:
+    """Draw the peaks against T and against the batch."""
+    import matplotlib.pyplot as plt
+
+    from paper_repro.results import FIGURE_STYLE
+
+    size = by_steps["recompute"][LEAST].parameters / MB
+    with plt.rc_context(FIGURE_STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(10, 5.2), layout="constrained")
+        for axis, found in zip(axes, (by_steps, by_batch), strict=True):
+            for name, row in found.items():
+                colour, marker, line = STYLES[name]
+                points = [c for c in sorted(row) if c != LEAST]
+                peaks = [row[c].peak / MB for c in points]
+                axis.loglog(points, peaks, color=colour, marker=marker, linestyle=line, label=name, markersize=7)
+            columns = [c for c in sorted(found["forward"]) if c != LEAST]
+            axis.set_xticks(columns, [str(c) for c in columns])
+            axis.xaxis.minorticks_off()
+            axis.yaxis.set_major_formatter("{x:,.0f}")
+            axis.grid(color="0.9")
+        axes[0].set(xlabel="inner steps T", ylabel="peak memory above the start, MB")
+        axes[0].set_title(f"Long loops: batches of {Cell.batch}, {size:.1f} MB of parameters")
+        axes[1].set(xlabel="examples in a batch", title=f"Large batches: {at} inner steps")
+        handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        names = [name for name in STYLES if name in handles]
+        figure.legend([handles[n] for n in names], names, loc="outside lower center", ncols=5, frameon=False)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "full": {
+        "sgd": (16, 64, 256, 1024),
+        "adam": (64, 256),
+        "batches": (64, 512, 4096),
+        "at": 16,
+        "width": 320,
+        "modes": [name for name in MODES if name != "Checkpoint(mixed=True)"],
+        "large": ["store", "recompute", "mixed", "Checkpoint()", "Checkpoint(mixed=True)", "forward"],
+    },
+    "smoke": {
+        "sgd": (16,),
+        "adam": (),
+        "batches": (64, 256),
+        "at": 4,
+        "width": 128,
+        "modes": ["recompute", "forward"],
+        "large": ["recompute", "forward"],
+    },
+}
+
+
+def main() -> None:
+    """Measure everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="full")
+    parser.add_argument("--figure", type=Path, help="where to draw the peaks, a PNG")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(asdict(measure(Cell(**json.loads(options.child))))))
+        return
+    preset = PRESETS[options.preset]
+    by_steps = {k: against_steps(preset["modes"], k, preset[k], preset["width"]) for k in ("sgd", "adam") if preset[k]}
+    by_batch = against_batch(preset["large"], preset["at"], preset["batches"], preset["width"])
+    if options.figure:
+        draw_figure(options.figure, by_steps["sgd"], by_batch, preset["at"])
+
+
+if __name__ == "__main__":
+    main()
