@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test test-thorough bench bench-memory bench-long lint clean
+.PHONY: help demo test test-thorough bench bench-memory bench-long bench-warm lint clean
 
 help:  ## Say what can be made.
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,9 @@ bench-memory: $(INSTALLED)  ## Measure the memory of ITD's modes and draw its fi
 
 bench-long: $(INSTALLED)  ## Differentiate 10,000 inner steps of a million parameters within 2 GB (about twenty minutes).
 	$(BIN)/python -m tests.benchmarks.long_run
+
+bench-warm: $(INSTALLED)  ## Print what warm-started linear solves save on a real run (minutes).
+	$(BIN)/python -m tests.benchmarks.warm_start
 
 lint: $(INSTALLED)  ## Check style, docstrings and types.
 	@echo "==> ruff and mypy"

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from funcmlo import _tracing, _tree
 from funcmlo._tree import Tree
+from funcmlo.errors import EstimatorError
 
 
 class Pullback(Protocol):
@@ -128,6 +129,9 @@ def jvp(function: Callable[[Tree], Tree], at: Tree, tangent: Tree) -> Tree:
 
     Returns:
         A tree like what the function returns.
+
+    Raises:
+        EstimatorError: an operation in it has no forward-mode derivative.
     """
     leaves, structure = _tree.flatten(at)
     shape: list[Any] = []
@@ -138,7 +142,15 @@ def jvp(function: Callable[[Tree], Tree], at: Tree, tangent: Tree) -> Tree:
         return values
 
     _load_forward_mode()
-    tangents = torch.func.jvp(flat_function, tuple(leaves), tuple(_tree.leaves(tangent)))[1]
+    try:
+        tangents = torch.func.jvp(flat_function, tuple(leaves), tuple(_tree.leaves(tangent)))[1]
+    except NotImplementedError as error:
+        if "forward AD" not in str(error):
+            raise
+        raise EstimatorError(
+            f"an operation of the loss has no forward-mode derivative ({str(error).splitlines()[0]}); use what takes none: "
+            "ITD() in reverse mode without memory='mixed', PerturbedSolve(…), Hessian('kept')."
+        ) from error
     return _tree.unflatten(shape[-1], tangents)
 
 

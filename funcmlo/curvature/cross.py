@@ -101,7 +101,7 @@ def check_loss(owner: str, solved: Solved) -> None:
         EstimatorError: it is a fixed point.
     """
     if solved.condition is not None:
-        raise EstimatorError(f"{owner} needs a loss, and a fixed point has none; use AID(…) or ITD().")
+        raise EstimatorError(f"{owner} needs a loss, and a fixed point has none; use AID(GMRES(…)) or ITD().")
 
 
 def _step(solved: Solved, w: Tree, scale: float | None) -> Tensor:

@@ -10,9 +10,10 @@ from torch import Tensor
 from funcmlo import _diff, _tree
 from funcmlo._tree import Tree
 from funcmlo.curvature.base import Body, Curvature
+from funcmlo.curvature.cross import gradient
 from funcmlo.curvature.hessian import Hessian
 from funcmlo.errors import EstimatorError
-from funcmlo.hypergrad.solved import Parts, Solved
+from funcmlo.hypergrad.solved import Solved
 from funcmlo.operators import Operator, with_transpose
 
 
@@ -63,7 +64,7 @@ class FixedPoint(Curvature):
 
         def condition(z: tuple[Tree, list[Tensor]], x: dict[str, Tree]) -> tuple[Tree, None]:
             y, kept = z
-            u, state = updates(solved, parts, y, whole(kept), x)
+            u, state = parts.updates(y, whole(kept), x, gradient(solved, y, x), None)
             moved = _tree.negative(u)
             excess = parts.excess(_tree.add(y, u), x, None)
             if excess is not None:  # (P − I)(y + u): zero to the bit where P lets a coordinate be
@@ -81,21 +82,3 @@ class FixedPoint(Curvature):
             return with_transpose(operator, with_operator) if transpose else with_operator(operator)
 
         return _diff.with_vjp(condition, [(solved.params, memory), solved.inputs], opened)
-
-
-def updates(solved: Solved, parts: Parts, y: Tree, state: Tree, x: dict[str, Tree]) -> tuple[Tree, Tree]:
-    """Return what the optimizer would add to y in one more step, and its new state.
-
-    Args:
-        solved: the level at its solution.
-        parts: its step, taken apart.
-        y: the parameters.
-        state: the optimizer's state.
-        x: the inputs.
-
-    Returns:
-        A tree like y, and a tree like state.
-    """
-    del solved
-    _, _, (gradient,), _ = _diff.value_and_grads(lambda at: (parts.cost(at, x, None), None), [y])
-    return parts.updates(y, state, x, gradient, None)

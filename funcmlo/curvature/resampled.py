@@ -9,6 +9,7 @@ from typing import ClassVar
 from funcmlo import _tree
 from funcmlo._tree import Tree
 from funcmlo.curvature.base import Body, Cross, Curvature
+from funcmlo.curvature.cross import check_loss
 from funcmlo.curvature.hessian import Hessian
 from funcmlo.errors import DefinitionError
 from funcmlo.hypergrad.solved import Solved
@@ -59,6 +60,8 @@ class Resampled(Curvature):
 
     def within(self, solved: Solved, cotangent: Tree, body: Body, *, transpose: bool = False) -> Tree:
         """Do something with Hw = v; see the base class."""
+        del transpose
+        check_loss("Resampled", solved)
         draws = itertools.count()
 
         def drawn() -> Solved:
@@ -79,5 +82,4 @@ class Resampled(Curvature):
 
             return dict(self.curvature.within(drawn(), w, crossed))
 
-        del transpose
         return body(Operator(matvec, like=_tree.detach(solved.params)), cotangent, cross)

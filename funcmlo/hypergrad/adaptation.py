@@ -23,13 +23,18 @@ def adaptation(solved: Solved, v: Tree) -> Tree:
         A tree like v.
 
     Raises:
-        EstimatorError: the level has no optimizer.
+        EstimatorError: the level has no optimizer; or v lies in a space with the optimizer's state in it.
     """
     parts, y, x = solved.parts, solved.params, solved.inputs
     if parts is None:
         raise EstimatorError(
             "the level has no optimizer (an outside solver or a fixed point), so there is no update to adapt to; use "
             "AID(CG(…)) or FiniteDifference()."
+        )
+    if _tree.structure(v) != _tree.structure(y):
+        raise EstimatorError(
+            "OptimizerIdentity scales a gradient, and curvature='fixed_point' has the optimizer's state beside it; use "
+            "AID(Identity(), curvature='fixed_point'), whose answer is the derivative of one step."
         )
 
     def update(g: Tree) -> tuple[Tree, None]:

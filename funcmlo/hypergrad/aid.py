@@ -101,6 +101,8 @@ class AID(BestResponse):
                 f"AID(curvature={self.curvature!r}, cross='finite_difference'): the difference is one of the loss's "
                 "gradients, and a step has none; use cross='autodiff'."
             )
+        if not isinstance(self.warm_start, bool):
+            raise DefinitionError(f"AID(warm_start={self.warm_start!r}): expected True or False.")
         if self.warm_start and not solver.goes_on:
             raise DefinitionError(
                 f"AID({name}(…), warm_start=True): {name} does not go on from a start; use CG, MINRES, GMRES or "

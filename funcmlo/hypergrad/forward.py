@@ -7,7 +7,6 @@ from torch import Tensor
 
 from funcmlo import _diff, _tree
 from funcmlo._tree import Tree
-from funcmlo.errors import EstimatorError
 from funcmlo.hypergrad.solved import Solved, Standing
 from funcmlo.operators import ravel, unravel
 
@@ -42,14 +41,6 @@ def columnwise(solved: Solved, cotangent: Tree, begin: Standing | None, first: i
         return _tree.dot(cotangent, _diff.jvp(ending, solved.inputs, unravel(direction, solved.inputs)))
 
     basis = torch.eye(size, dtype=_tree.precision(solved.inputs), device=_tree.leaves(solved.inputs)[0].device)
-    try:
-        with torch.no_grad():
-            components = torch.func.vmap(component, randomness="same", chunk_size=chunk)(basis)
-    except NotImplementedError as error:
-        if "forward AD" not in str(error):
-            raise
-        raise EstimatorError(
-            f"ITD(mode='forward'): an operation of the inner steps has no forward derivative "
-            f"({str(error).splitlines()[0]}); use mode='reverse'."
-        ) from error
+    with torch.no_grad():
+        components = torch.func.vmap(component, randomness="same", chunk_size=chunk)(basis)
     return dict(unravel(components.to(ravel(solved.inputs).dtype), solved.inputs))

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from funcmlo import _diff, _tree
 from funcmlo._tree import Tree
-from funcmlo.errors import EstimatorError
 from funcmlo.hypergrad.base import BestResponse, Claims, Requires
 from funcmlo.hypergrad.once import once
 from funcmlo.hypergrad.sampling import check_settings, check_steps, mean_product, run_again
@@ -90,23 +89,15 @@ class ForwardGradient(BestResponse):
         def product(r: dict[str, Tree]) -> Tensor:
             return _tree.dot(cotangent, _diff.jvp(lambda x: run_again(solved, x), solved.inputs, r))
 
-        try:
-            with torch.no_grad():
-                products = mean_product(
-                    product,
-                    solved,
-                    cotangent,
-                    samples=self.samples,
-                    distribution="rademacher",
-                    seed=self.seed,
-                    chunk=self.chunk,
-                )
-        except NotImplementedError as error:
-            if "forward AD" not in str(error):
-                raise
-            raise EstimatorError(
-                f"ForwardGradient: an operation of the inner steps has no forward-mode derivative "
-                f"({str(error).splitlines()[0]}); use PerturbedSolve(…), which takes none, or ITD()."
-            ) from error
+        with torch.no_grad():
+            products = mean_product(
+                product,
+                solved,
+                cotangent,
+                samples=self.samples,
+                distribution="rademacher",
+                seed=self.seed,
+                chunk=self.chunk,
+            )
         products = once("ForwardGradient", products, (cotangent, solved.params, solved.inputs))
         return products, state, Stats(steps=self.samples * solved.steps)
