@@ -28,6 +28,12 @@ def differentiating() -> bool:
     return _forward_mode() or any(i.key() != torch._C._functorch.TransformType.Vmap for i in stack)
 
 
+def mapping() -> bool:
+    """Say whether torch.func.vmap is active."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(i.key() == torch._C._functorch.TransformType.Vmap for i in stack)
+
+
 def _forward_mode() -> bool:
     """Whether tangents are carried along (`torch.autograd.forward_ad`, which torch.func's jvp uses too)."""
     return bool(forward_ad._current_level >= 0)

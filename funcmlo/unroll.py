@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcmlo import _diff, _random, _tree
+from funcmlo import _diff, _random, _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.batches import forget
 from funcmlo.hypergrad.base import Requires
@@ -128,7 +128,11 @@ def run(
             if t in keep.before:
                 stays[t] = kept((y, s), keep)
             y, s, cost, aux = problem.update(y, s, inputs, t)
-            costs.append(cost)
+            if requires == "trajectory" or _tracing.transforming():
+                costs.append(cost)
+            else:  # side by side: small tensors that stay, one by one, would riddle the heap that the steps work in
+                costs = costs or list(cost.new_empty(steps).unbind())
+                costs[t].copy_(cost)
             if requires == "trajectory":
                 states.append((y, s))
             elif requires == "solution" and not problem.level.roll_back:

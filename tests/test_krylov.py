@@ -183,7 +183,7 @@ def test_a_start_goes_on_and_never_does_harm(name: str) -> None:
     warm = WARM[name].solve(operator(h, v), v, start=near)
     assert float(warm.residual) < 1e-4 * float(cold.residual) or bool(warm.converged)
     assert torch.allclose(warm.residual, (v - h @ warm.value).norm() / v.norm(), rtol=1e-5, atol=1e-13)
-    assert warm.products <= 9
+    assert warm.products <= 10
     # What is no use as a start is left: a direction without a product, and one that is not finite.
     for useless in (torch.zeros_like(v), torch.full_like(v, torch.nan), torch.full_like(v, torch.inf)):
         again = WARM[name].solve(operator(h, v), v, start=useless)
@@ -193,11 +193,11 @@ def test_a_start_goes_on_and_never_does_harm(name: str) -> None:
 
 
 @pytest.mark.parametrize("solver", [fm.MINRES(4, tol=0.0), fm.GMRES(4, tol=0.0), fm.GMRES(4, tol=0.0, restart=2)], ids=repr)
-def test_a_start_costs_one_of_the_products(solver: fm.LinearSolver) -> None:
+def test_a_start_costs_one_product_more(solver: fm.LinearSolver) -> None:
     h, v = matrix(8, 0), vector_like(EIGHT, 1)
     solution = solver.solve(operator(h, v), v, start=torch.linalg.solve(h, v) + 0.1 * vector_like(EIGHT, 2))
-    assert solution.products == 4
-    assert int(solution.iterations) == 3
+    assert solution.products == 5
+    assert int(solution.iterations) == 4
 
 
 @pytest.mark.parametrize("solver", [fm.MINRES(1), fm.GMRES(1), fm.NormalEquations(fm.GMRES(1))], ids=repr)

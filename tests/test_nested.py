@@ -221,7 +221,7 @@ def test_what_nested_does_not_carry_is_refused_by_name() -> None:
         def vjp(self, solved, cotangent, state):
             raise NotImplementedError
 
-    with pytest.raises(fm.DefinitionError, match=r"Window needs the inner run \(requires='trajectory'\)"):
+    with pytest.raises(fm.DefinitionError, match=r"Window\(\) needs the inner run \(requires='trajectory'\)"):
         chain(reads_one, AID, Window())
     program, state = chain(reads_one, AID, AID)
     states = torch.utils._pytree.tree_map(lambda x: torch.stack([x, x]), state)

@@ -41,7 +41,7 @@ class FixedPoint(Curvature):
         ... )
         >>> b = torch.tensor([3.0, 2.0, 0.5])
         >>> torch.func.grad(lambda lam: solve(torch.zeros(3), b, lam).sum())(torch.tensor(1.0))
-        tensor(-2.)
+        tensor(-2.0000)
 
     References:
         Grazzi et al. 2020, arXiv 2006.16218; Bertrand et al. 2020 (Lasso), arXiv 2002.08943; Bolte et al. 2021 (non-smooth

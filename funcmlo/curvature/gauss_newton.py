@@ -93,7 +93,15 @@ class GaussNewton(Curvature):
             # u ↦ J_f u is the transpose of the linear map c ↦ J_fᵀ c.
             return _diff.with_vjp(lambda c: (back(c)[0], None), [_tree.zeros_like(f)], with_push)
 
-        return _diff.with_vjp(lambda y: (evaluate(self._outputs, y, x), None), [solved.params], with_outputs)
+        return _diff.with_vjp(lambda y: (_vectors(evaluate(self._outputs, y, x)), None), [solved.params], with_outputs)
+
+
+def _vectors(f: Tree) -> Tree:
+    for path, leaf in _tree.named_leaves(f):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            came = f"a tensor of dtype {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise LossError(f"GaussNewton: its outputs{path} are {came}; expected a tree of floating-point tensors.")
+    return f
 
 
 def _scalar(value: Any) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from funcmlo import _diff, _tree
 from funcmlo._tree import Tree
 from funcmlo.curvature.cross import gradient
@@ -40,4 +42,6 @@ def adaptation(solved: Solved, v: Tree) -> Tree:
     def update(g: Tree) -> tuple[Tree, None]:
         return parts.updates(y, solved.opt_state, x, g, None)[0], None
 
-    return _tree.negative(_diff.with_vjp(update, [gradient(solved, y, x)], lambda _, __, back: back(v)[0]))
+    with torch.no_grad():  # the network is differentiated once
+        g = gradient(solved, y, x)
+    return _tree.negative(_diff.with_vjp(update, [g], lambda _, __, back: back(v)[0]))

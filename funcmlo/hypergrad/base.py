@@ -109,17 +109,17 @@ class BestResponse(ABC):
 
 
 def check_mapped(owner: str, response: BestResponse) -> None:
-    """Raise under a torch.func transform if an estimator says that it does not work there.
+    """Raise under torch.func.vmap if an estimator says that it does not work there.
 
     Args:
         owner: whose response it is, for the message.
         response: the estimator.
 
     Raises:
-        EstimatorError: its claims say `vmap=False`, and a transform is active.
+        EstimatorError: its claims say `vmap=False`, and torch.func.vmap is active.
     """
-    if not response.claims.vmap and _tracing.transforming():
+    if not response.claims.vmap and _tracing.mapping():
         raise EstimatorError(
-            f"{owner}: {type(response).__name__} does not work under torch.func transforms (its claims say vmap=False); "
+            f"{owner}: {type(response).__name__} does not work under torch.func.vmap (its claims say vmap=False); "
             "call it in a loop, or use AID(…) or ITD()."
         )

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.memory [--preset smoke] [--figure docs/itd-memory.png]
 
 A cell is one hypergradient; its peak is the process's VmHWM less its resident memory after set-up and a warm-up. Not a
-child's ru_maxrss, which begins at its parent's. Seconds are of one run on whatever else the machine was doing: rough.
+child's ru_maxrss, which begins at its parent's. Seconds are of the processor, once: rough.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def halvings(steps: int, arity: int) -> int:
     return 0 if steps <= 1 else 1 + halvings(-(-steps // arity), arity)
 
 
+AT, DEEP = 4, (64, *[160] * 11, 10)
+"""The T and the net for large batches: one step's activations should be most of the memory."""
 LEAST = 2
 """The T whose peak is taken for the constant: in a first step there is no tangent yet."""
 
@@ -76,7 +78,7 @@ class Cell:
     steps: int
     optimizer: str = "sgd"
     batch: int = 32
-    width: int = 512
+    layers: tuple[int, ...] = (64, 320, 320, 10)
 
 
 @dataclass(frozen=True)
@@ -167,10 +169,9 @@ def measure(cell: Cell) -> Measured:
     torch.set_num_threads(1)
     optimizer = torchopt.sgd(0.1) if cell.optimizer == "sgd" else torchopt.adam(1e-3)
     response = eval(MODES[cell.mode], {name: getattr(fm, name) for name in ("ITD", "Checkpoint", "ForwardGradient")})
-    layers = (64, cell.width, cell.width, 10)
-    warm, state, batches = problem(response, optimizer, 2, layers, cell.batch)
+    warm, state, batches = problem(response, optimizer, 2, cell.layers, 8)
     warm.hypergradient(state, batches, of="decay")
-    program, state, batches = problem(response, optimizer, cell.steps, layers, cell.batch)
+    program, state, batches = problem(response, optimizer, cell.steps, cell.layers, cell.batch)
     del warm
     start = reset_peak()
     begin = time.process_time()
@@ -186,11 +187,9 @@ def cell(**settings: Any) -> Measured:
     return Measured(**fresh("tests.benchmarks.memory", asdict(Cell(**settings)), QUIET))
 
 
-def against_steps(modes: Sequence[str], optimizer: str, steps: Sequence[int], width: int) -> dict[str, dict[int, Measured]]:
+def against_steps(modes: Sequence[str], optimizer: str, steps: Sequence[int]) -> dict[str, dict[int, Measured]]:
     """Measure every mode at every T, and print what came out."""
-    found = {
-        name: {t: cell(mode=name, steps=t, optimizer=optimizer, width=width) for t in (LEAST, *steps)} for name in modes
-    }
+    found = {name: {t: cell(mode=name, steps=t, optimizer=optimizer) for t in (LEAST, *steps)} for name in modes}
     size = found["recompute"][LEAST].parameters
     print(f"\n{optimizer}: peak MB above the start against T, p = {size / MB:.2f} MB of parameters, batches of 32")
     table(found, (LEAST, *steps), lambda m, t: f"{m.peak / MB:.1f}")
@@ -223,10 +222,10 @@ def growth(peaks: dict[int, int], count: Callable[[int], float], a: int, b: int)
     return f"{(peaks[b] - peaks[LEAST]) / (peaks[a] - peaks[LEAST]):.2f} ({claim:.2f})"
 
 
-def against_batch(modes: Sequence[str], steps: int, batches: Sequence[int], width: int) -> dict[str, dict[int, Measured]]:
-    """Measure at one T with growing batches: what one step takes."""
-    found = {name: {size: cell(mode=name, steps=steps, batch=size, width=width) for size in batches} for name in modes}
-    print(f"\nsgd: peak MB above the start against the batch, T = {steps}")
+def against_batch(modes: Sequence[str], batches: Sequence[int]) -> dict[str, dict[int, Measured]]:
+    """Measure few steps of a deep net with growing batches: what one step takes."""
+    found = {name: {size: cell(mode=name, steps=AT, batch=size, layers=DEEP) for size in batches} for name in modes}
+    print(f"\nsgd: peak MB above the start against the batch, T = {AT}, {len(DEEP) - 1} layers")
     table(found, batches, lambda m, size: f"{m.peak / MB:.1f}")
     return found
 
@@ -254,9 +253,7 @@ STYLES = {
 """Colour, marker and line: the last two tell the modes apart in black and white."""
 
 
-def draw_figure(
-    path: Path, by_steps: dict[str, dict[int, Measured]], by_batch: dict[str, dict[int, Measured]], at: int
-) -> None:
+def draw_figure(path: Path, by_steps: dict[str, dict[int, Measured]], by_batch: dict[str, dict[int, Measured]]) -> None:
     """Draw the peaks against T and against the batch."""
     import matplotlib.pyplot as plt
 
@@ -271,14 +268,13 @@ def draw_figure(
                 points = [c for c in sorted(row) if c != LEAST]
                 peaks = [row[c].peak / MB for c in points]
                 axis.loglog(points, peaks, color=colour, marker=marker, linestyle=line, label=name, markersize=7)
-            columns = [c for c in sorted(found["forward"]) if c != LEAST]
-            axis.set_xticks(columns, [str(c) for c in columns])
+            axis.set_xticks(points, [str(c) for c in points])
             axis.xaxis.minorticks_off()
             axis.yaxis.set_major_formatter("{x:,.0f}")
             axis.grid(color="0.9")
         axes[0].set(xlabel="inner steps T", ylabel="peak memory above the start, MB")
         axes[0].set_title(f"Long loops: batches of {Cell.batch}, {size:.1f} MB of parameters")
-        axes[1].set(xlabel="examples in a batch", title=f"Large batches: {at} inner steps")
+        axes[1].set(xlabel="examples in a batch", title=f"Large batches: {AT} inner steps, {len(DEEP) - 1} layers")
         handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         names = [name for name in STYLES if name in handles]
         figure.legend([handles[n] for n in names], names, loc="outside lower center", ncols=5, frameon=False)
@@ -286,25 +282,15 @@ def draw_figure(
         plt.close(figure)
 
 
+LARGE = ["store", "recompute", "mixed", "Checkpoint()", "Checkpoint(mixed=True)"]
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {
-        "sgd": (16, 64, 256, 1024),
-        "adam": (64, 256),
+        "modes": list(CLAIMS),
+        "steps": {"sgd": (16, 64, 256, 1024), "adam": (64, 256)},
+        "large": LARGE,
         "batches": (64, 512, 4096),
-        "at": 16,
-        "width": 320,
-        "modes": [name for name in MODES if name != "Checkpoint(mixed=True)"],
-        "large": ["store", "recompute", "mixed", "Checkpoint()", "Checkpoint(mixed=True)", "forward"],
     },
-    "smoke": {
-        "sgd": (16,),
-        "adam": (),
-        "batches": (64, 256),
-        "at": 4,
-        "width": 128,
-        "modes": ["recompute", "forward"],
-        "large": ["recompute", "forward"],
-    },
+    "smoke": {"modes": ["recompute"], "steps": {"sgd": (8, 32)}, "large": ["mixed"], "batches": (64,)},
 }
 
 
@@ -319,10 +305,10 @@ def main() -> None:
         print(json.dumps(asdict(measure(Cell(**json.loads(options.child))))))
         return
     preset = PRESETS[options.preset]
-    by_steps = {k: against_steps(preset["modes"], k, preset[k], preset["width"]) for k in ("sgd", "adam") if preset[k]}
-    by_batch = against_batch(preset["large"], preset["at"], preset["batches"], preset["width"])
+    by_steps = {kind: against_steps(preset["modes"], kind, steps) for kind, steps in preset["steps"].items()}
+    by_batch = against_batch(preset["large"], preset["batches"])
     if options.figure:
-        draw_figure(options.figure, by_steps["sgd"], by_batch, preset["at"])
+        draw_figure(options.figure, by_steps["sgd"], by_batch)
 
 
 if __name__ == "__main__":
