@@ -51,7 +51,6 @@ def check_nested(levels: Sequence[Level], needs: Dependence) -> None:
             raise DefinitionError(f"level '{level.name}': roll_back=True is carried by composition=\"paths\" only.")
         for upper in needs.users(level.name):
             response = level.response_for(upper)
-            kind = type(response).__name__
             if response.requires != "solution" and not response.in_the_open:
                 raise DefinitionError(
                     f"level '{level.name}': {compact(response)} needs the inner run (requires={response.requires!r}), which "
@@ -60,9 +59,9 @@ def check_nested(levels: Sequence[Level], needs: Dependence) -> None:
             # T_upper is differentiated twice where a level above it looks at upper's own best response.
             if needs.users(upper) and not response.claims.differentiable:
                 raise DefinitionError(
-                    f"level '{level.name}': {kind} cannot be differentiated again (its claims say so), but "
+                    f"level '{level.name}': {compact(response)} cannot be differentiated again (its claims say so), but "
                     f"composition=\"nested\" differentiates the best response of '{upper}', whose total cost contains "
-                    f"'{level.name}'; use AID(…) or ITD() there, or composition=\"paths\"."
+                    f"'{level.name}'; use AID(CG(…)) or ITD() there, or composition=\"paths\"."
                 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -151,6 +152,10 @@ def compact(value: Any) -> str:
         >>> compact(fm.AID(fm.CG(20, damping=0.1)))
         'AID(CG(20, damping=0.1))'
     """
+    if isinstance(value, GradientTransformation):
+        return describe(value)
+    if isinstance(value, FunctionType):
+        return value.__name__
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return repr(value)
     written: list[str] = []

@@ -14,6 +14,7 @@ from torchopt.base import GradientTransformation
 from funcmlo import _diff, _random, _tracing, _tree, optim
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed
+from funcmlo.describe import compact
 from funcmlo.errors import DefinitionError, EstimatorError, FuncmloWarning, LossError, ParameterError, listing
 from funcmlo.level import Level
 from funcmlo.signature import BATCH, Call
@@ -74,8 +75,8 @@ class Problem:
         values = {**self.fixed, **inputs, BATCH: self.feed(step)}
         if unknown := [source for source in call.sources if source not in values]:
             raise DefinitionError(
-                f"level '{self.level.name}': {call.function!r} reads {listing(map(repr, unknown))}, which the level's loss "
-                f"does not; it can read {listing(values)}."
+                f"level '{self.level.name}': {compact(call.function)} reads {listing(map(repr, unknown))}, which the level's "
+                f"loss does not; it can read {listing(values)}."
             )
         with _random.seeded(_random.step_seed(self.seed, self.level.name, step)):
             return call(first, values=values)

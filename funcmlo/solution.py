@@ -155,7 +155,7 @@ def respond(map: SolutionMap, solved: Solved, cotangent: Tree) -> dict[str, Tree
         if map.tell is not None:
             map.tell(stats)
     if not response.claims.differentiable:
-        products = once(type(response).__name__, products, (cotangent, solved.params, solved.inputs))
+        products = once(compact(response), products, (cotangent, solved.params, solved.inputs))
     return products
 
 

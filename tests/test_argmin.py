@@ -258,7 +258,7 @@ def test_an_estimator_that_cannot_be_differentiated_again_says_so() -> None:
     assert torch.isfinite(torch.func.grad(f)(x)).all()
     assert torch.isfinite(autograd(f)(x)).all()
     for second in (torch.func.jacrev(torch.func.grad(f)), functools.partial(torch.autograd.functional.hessian, f)):
-        with pytest.raises(fm.EstimatorError, match=r"FiniteDifference cannot be differentiated again"):
+        with pytest.raises(fm.EstimatorError, match=r"FiniteDifference\(\) cannot be differentiated again"):
             second(x)
 
 

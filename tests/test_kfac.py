@@ -384,11 +384,11 @@ def test_it_works_under_torch_func_grad_and_refuses_maps() -> None:
     (plain,) = torch.autograd.grad(value(leaf), leaf)
     assert torch.allclose(plain, torch.func.grad(expected)(x), rtol=1e-6)
     assert torch.allclose(torch.func.grad(value)(x), plain, rtol=1e-9)
-    with pytest.raises(fm.EstimatorError, match=r"AID does not work under torch\.func\.vmap"):
+    with pytest.raises(fm.EstimatorError, match=r"AID\(.*\) does not work under torch\.func\.vmap"):
         torch.func.vmap(torch.func.grad(value))(torch.stack([x, x + 1]))
     preconditioned = fm.AID(fm.CG(20, preconditioner=fm.KFAC(net, loss, lambda w, x: (X, x * t), 1e-9)))
     assert torch.allclose(torch.func.grad(solution(preconditioned, net, loss, t))(x), plain, rtol=1e-6)
-    with pytest.raises(fm.EstimatorError, match=r"KFAC puts hooks on a module, which torch\.func\.vmap"):
+    with pytest.raises(fm.EstimatorError, match=r"AID\(.*\) does not work under torch\.func\.vmap"):
         torch.func.vmap(torch.func.grad(solution(preconditioned, net, loss, t)))(torch.stack([x, x + 1]))
 
 

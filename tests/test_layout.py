@@ -15,6 +15,7 @@ PACKAGE = ROOT / "funcmlo"
 # Each module may import from those before it. A folder's interface (`__init__`) comes after its files.
 ORDER = [
     "errors",
+    "describe",
     "_tree",
     "_random",
     "_tracing",
@@ -71,7 +72,6 @@ ORDER = [
     "solver",
     "fields",
     "level",
-    "describe",
     "layout",
     "drawing",
     "exactness",

@@ -191,7 +191,7 @@ def test_solving_again_draws_no_batches() -> None:
 
 
 def test_an_estimator_that_cannot_be_differentiated_again_is_refused_below_a_response() -> None:
-    with pytest.raises(fm.DefinitionError, match=r"level 'z': FiniteDifference cannot be differentiated again .* of 'y'"):
+    with pytest.raises(fm.DefinitionError, match=r"level 'z': FiniteDifference\(\) cannot be differentiated again .*'y'"):
         chain(reads_one, fm.FiniteDifference(), AID)
     # As the outermost response it is differentiated by no one. Its identity inverse is the inverse here.
     program = fm.Multilevel(

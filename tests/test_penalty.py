@@ -250,7 +250,7 @@ def test_answers_cut_from_the_graph_are_not_differentiated_again() -> None:
         return torch.func.grad(lambda x: solve(torch.zeros(1).double(), x).sum())(x).sum()
 
     for function, name in ((within, "Penalty"), (along, "Constant")):
-        with pytest.raises(fm.EstimatorError, match=f"{name} cannot be differentiated again"):
+        with pytest.raises(fm.EstimatorError, match=rf"{name}(\(.*\))? cannot be differentiated again"):
             torch.func.grad(function)(x["x"])
 
 

@@ -26,8 +26,15 @@ class FixedPoint(Curvature):
     Hessian's would be wrong. The system is not symmetric: take `Neumann(K, scale=1.0)`, whose K products are what K more
     steps would contribute, `GMRES`, `NormalEquations(CG(…))` or `Direct`.
 
+    A proximal step belongs to the step's own length: with momentum μ, whose steps are 1/(1 − μ) times as long, the fixed
+    point of a threshold of rate · λ is the lasso of (1 − μ) λ, and the response is that problem's.
+
     The parameters' part is formed as −u(y, x) for the updates u that the optimizer adds, never as y − (y + u), so that no
     digits cancel in float32: for gradient descent the operator is the learning rate times the Hessian.
+
+    With an adaptive optimizer (Adam, RMSProp, …) the state must remember gradients larger than what is left of them at the
+    solution, as after an inner loop. A fresh state (`argmin`, `steps=0`) has ∂u/∂ν ~ 1/|∇g|, a system that no dtype can
+    hold: the stats say so. Without a projection or decay, "hessian" is the same response.
 
     Example:
         The lasso min ½‖w − b‖² + λ‖w‖₁ by proximal gradient steps; dw*/dλ = −sign(w*) on its support and zero off it:

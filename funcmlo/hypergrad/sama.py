@@ -21,7 +21,9 @@ class SAMA(BestResponse):
     The derivative of one step of the optimizer at the solution, by a central difference: no second derivative of the
     network. The optimizer's own derivative comes from automatic differentiation, so it holds for every torchopt optimizer
     and chain of them, at its present moments, with its bias corrections and its learning rate; where a second moment is
-    zero its root is taken to be constant, so nothing is infinite. Cost: three gradients and one pass through the optimizer.
+    zero its root is taken to be constant, so nothing is infinite. (A parameter that never had a gradient yet weighs v/ε with
+    Adam's ε, and one step serves all of w: where such a v is not zero, the difference has few digits for the others; take
+    `AID(OptimizerIdentity())`.) Cost: three gradients and one pass through the optimizer.
 
     It is `AID(OptimizerIdentity(), cross="finite_difference")` under the paper's name.
 

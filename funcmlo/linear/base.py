@@ -45,7 +45,7 @@ class LinearSolver(ABC):
     A subclass answers `compute`, and `prepare` where something is worth computing once for many right-hand sides.
 
     Args:
-        throw: whether not converging is an error (under a torch.func transform, where nothing can be raised, NaN).
+        throw: whether not converging is an error (under torch.func.vmap, where nothing can be raised, NaN).
 
     Example:
         Ten steps of gradient descent on ½wᵀHw − vᵀw:

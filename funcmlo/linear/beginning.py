@@ -79,6 +79,30 @@ def begin(product: Callable[[Tree], Tree], v: Tree, start: Tree) -> tuple[Tree, 
     return _tree.scale(alpha, s), _tree.add_scaled(v, -torch.where(good, cosine, 0), t)
 
 
+def attained(product: Callable[[Tree], Tree], v: Tree, x: Tree, residual: Tensor, target: float) -> tuple[Tensor, Tensor]:
+    """Say how good a solution is at the end, where a recursion's residual has lost touch with the true one.
+
+    In float64 the recursion's is taken. In a lower precision one product more gives the true residual; the solve is then
+    called converged if the recursion met its target and the true residual is within ten times that or √ε, the half of
+    the digits.
+
+    Args:
+        product: u ↦ Hu.
+        v: the right-hand side, of length one or zero.
+        x: the solution for it.
+        residual: ‖v − Hx‖ by the recursion.
+        target: what the recursion was to reach.
+
+    Returns:
+        The residual, and whether the solve has converged.
+    """
+    met, epsilon = residual <= target, _tree.coarsest_epsilon(v)
+    if epsilon < 1e-10:
+        return residual, met
+    true = _tree.norm(_tree.subtract(v, product(x)))
+    return true, met & (true <= max(10 * target, epsilon**0.5))
+
+
 def rayleigh(u: Tree, hu: Tree, length: Tensor) -> Tensor:
     """Return ⟨u, Hu⟩ / ⟨u, u⟩, also where ⟨u, u⟩ under- or overflows; 0 for u = 0.
 

@@ -13,7 +13,7 @@ from funcmlo._tree import Tree
 from funcmlo.linear.base import LinearSolver, Solution, may_stop
 from funcmlo.linear.beginning import begin, damped, normalized, rounding
 from funcmlo.linear.checks import check_iterations, check_not_negative
-from funcmlo.linear.preconditioner import Preconditioner, check_preconditioner, preconditioning
+from funcmlo.linear.preconditioner import Preconditioner, preconditioning, take_preconditioner
 from funcmlo.operators import Operator
 
 
@@ -61,7 +61,7 @@ class CG(LinearSolver):
         """Refuse settings out of range."""
         check_iterations("CG", self.iterations)
         check_not_negative("CG", tol=self.tol, damping=self.damping)
-        check_preconditioner("CG", self.preconditioner)
+        take_preconditioner(self)
 
     def prepare(self, operator: Operator) -> Callable[[Tree], Tree]:
         """Return the preconditioner as a map.

@@ -63,12 +63,16 @@ class Direct(LinearSolver):
         matrix = operator.dense()
         if not p:
             return matrix, matrix
+        # What is not finite is not decomposed: it makes the answer NaN.
+        good = torch.isfinite(matrix).all()
+        safe, factor = torch.where(good, matrix, 0), torch.where(good, 1.0, torch.nan)
         if not operator.symmetric:
-            return matrix, torch.linalg.pinv(matrix)
-        eigenvalues, q = torch.linalg.eigh((matrix + matrix.T) / 2)
+            return matrix, factor * torch.linalg.pinv(safe)
+        eigenvalues, q = torch.linalg.eigh((safe + safe.T) / 2)
         # A column is no better than its coarsest leaf.
         kept = eigenvalues.abs() > p * _tree.coarsest_epsilon(operator.like) * eigenvalues.abs().max()
-        return matrix, q @ (torch.where(kept, 1 / torch.where(kept, eigenvalues, 1), 0)[:, None] * q.T)
+        inverses = factor * torch.where(kept, 1 / torch.where(kept, eigenvalues, 1), 0)
+        return matrix, q @ (inverses[:, None] * q.T)
 
     def compute(self, operator: Operator, prepared: tuple[Tensor, Tensor], rhs: Tree, start: None) -> Solution:
         """Solve Hw = v.

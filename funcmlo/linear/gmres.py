@@ -12,9 +12,9 @@ from torch import Tensor
 from funcmlo import _tree
 from funcmlo._tree import Tree
 from funcmlo.linear.base import LinearSolver, Solution, may_stop
-from funcmlo.linear.beginning import begin, damped, normalized, rounding
+from funcmlo.linear.beginning import attained, begin, damped, normalized, rounding
 from funcmlo.linear.checks import check_iterations, check_not_negative
-from funcmlo.linear.preconditioner import Preconditioner, check_preconditioner, preconditioning
+from funcmlo.linear.preconditioner import Preconditioner, preconditioning, take_preconditioner
 from funcmlo.operators import Operator, ravel, unravel
 
 
@@ -28,8 +28,8 @@ class GMRES(LinearSolver):
 
     Args:
         iterations: the most iterations, one product with H each (a warm start costs one more).
-        tol: stop when ‖v − Hw‖ ≤ tol · ‖v‖; never less than two machine epsilons. The residual is that of the basis:
-            where H is ill-conditioned for the dtype, the true one is larger.
+        tol: stop when ‖v − Hw‖ ≤ tol · ‖v‖; never less than two machine epsilons. In float32 and below one product more
+            tells the true residual, which an ill-conditioned H lets drift away from the recursion's.
         damping: λ ≥ 0.
         restart: how many vectors are kept; None for as many as there are iterations, at most 50.
         preconditioner: a map r ↦ M⁻¹r on trees, or what makes one from H; None for the identity.
@@ -43,7 +43,7 @@ class GMRES(LinearSolver):
         >>> h, v = torch.tensor([[1.0, 1.0], [0.0, 2.0]]), torch.tensor([3.0, 4.0])
         >>> solution = GMRES(2).solve(Operator(lambda u: h @ u, like=v, symmetric=False), v)
         >>> solution.value, solution.products
-        (tensor([1.0000, 2.0000]), 2)
+        (tensor([1.0000, 2.0000]), 3)
 
     References:
         Saad and Schultz 1986, GMRES: a generalized minimal residual algorithm for solving nonsymmetric linear systems.
@@ -64,7 +64,7 @@ class GMRES(LinearSolver):
         check_not_negative("GMRES", tol=self.tol, damping=self.damping)
         if self.restart is not None:
             check_iterations("GMRES", self.restart, "restart")
-        check_preconditioner("GMRES", self.preconditioner)
+        take_preconditioner(self)
 
     def prepare(self, operator: Operator) -> Callable[[Tree], Tree]:
         """Return the preconditioner as a map.
@@ -115,7 +115,8 @@ class GMRES(LinearSolver):
             remaining -= len(columns)
 
         w = _tree.scale(v_norm, x)
-        return Solution(w, iterations, r_norm, r_norm <= target, torch.zeros_like(active), carry=w)
+        residual, converged = attained(product, v, x, r_norm, target)
+        return Solution(w, iterations, residual, converged, torch.zeros_like(active), carry=w)
 
 
 _MOST_KEPT = 50

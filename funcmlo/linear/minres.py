@@ -12,9 +12,9 @@ from torch import Tensor
 from funcmlo import _tree
 from funcmlo._tree import Tree
 from funcmlo.linear.base import LinearSolver, Solution, may_stop
-from funcmlo.linear.beginning import begin, damped, normalized, rounding
+from funcmlo.linear.beginning import attained, begin, damped, normalized, rounding
 from funcmlo.linear.checks import check_iterations, check_not_negative
-from funcmlo.linear.preconditioner import Preconditioner, check_preconditioner, preconditioning
+from funcmlo.linear.preconditioner import Preconditioner, preconditioning, take_preconditioner
 from funcmlo.operators import Operator
 
 
@@ -28,8 +28,8 @@ class MINRES(LinearSolver):
 
     Args:
         iterations: the most iterations, one product with H each (a warm start costs one more).
-        tol: stop when ‖v − Hw‖ ≤ tol · ‖v‖; never less than two machine epsilons. The residual is the recursion's own:
-            where H is ill-conditioned for the dtype, the true one is larger.
+        tol: stop when ‖v − Hw‖ ≤ tol · ‖v‖; never less than two machine epsilons. In float32 and below one product more
+            tells the true residual, which an ill-conditioned H lets drift away from the recursion's.
         damping: λ ≥ 0.
         preconditioner: a symmetric positive definite map r ↦ M⁻¹r on trees, or what makes one from H, such as
             `Nystrom(10)`; None for the identity.
@@ -43,7 +43,7 @@ class MINRES(LinearSolver):
         >>> h, v = torch.tensor([1.0, -2.0]), torch.tensor([1.0, 1.0])
         >>> solution = MINRES(2).solve(Operator(lambda u: h * u, like=v), v)
         >>> solution.value, solution.products
-        (tensor([ 1.0000, -0.5000]), 2)
+        (tensor([ 1.0000, -0.5000]), 3)
 
     References:
         Paige and Saunders 1975, Solution of sparse indefinite systems of linear equations; the residual's recursion is
@@ -63,7 +63,7 @@ class MINRES(LinearSolver):
         """Refuse settings out of range."""
         check_iterations("MINRES", self.iterations)
         check_not_negative("MINRES", tol=self.tol, damping=self.damping)
-        check_preconditioner("MINRES", self.preconditioner)
+        take_preconditioner(self)
 
     def prepare(self, operator: Operator) -> Callable[[Tree], Tree]:
         """Return the preconditioner as a map.
@@ -90,7 +90,8 @@ class MINRES(LinearSolver):
         """
         product, small = damped(operator, self.damping), rounding(rhs)
         target = max(self.tol, 2 * _tree.coarsest_epsilon(rhs))
-        r, v_norm, active = normalized(rhs)
+        v, v_norm, active = normalized(rhs)
+        r = v
         x = zero = _tree.zeros_like(rhs)
         if start is not None:
             x, r = begin(product, r, start)
@@ -99,7 +100,8 @@ class MINRES(LinearSolver):
         iterations = torch.zeros_like(v_norm, dtype=torch.int64)
 
         # Lanczos, with M: H z_k = β_k u_{k−1} + α_k u_k + β_{k+1} u_{k+1}, z = M⁻¹u, ⟨u_i, z_j⟩ = δ_ij.
-        u, z, phi_bar = _unit(prepared, r)
+        u, z, phi_bar, indefinite = _unit(prepared, r)
+        active = active & ~indefinite
         u_old, beta = zero, torch.zeros_like(v_norm)
         # Its tridiagonal matrix is made triangular by rotations (c, s): row k becomes γ_k, δ_{k+1}, ε_{k+2}.
         c, s, delta_bar, epsilon = -torch.ones_like(v_norm), beta, beta, beta
@@ -112,7 +114,8 @@ class MINRES(LinearSolver):
             a = _tree.add_scaled(product(z), -beta, u_old)
             alpha = _tree.dot(z, a)
             u_old, a = u, _tree.add_scaled(a, -alpha, u)
-            beta_old, (u, z_new, beta) = beta, _unit(prepared, a)
+            beta_old, (u, z_new, beta, bad) = beta, _unit(prepared, a)
+            indefinite = indefinite | (active & bad)
             column = torch.hypot(torch.hypot(alpha, beta_old), beta)
             steepest = torch.maximum(steepest, torch.where(active, column, 0))
 
@@ -133,19 +136,20 @@ class MINRES(LinearSolver):
             active = active & (r_norm > target)
 
         w = _tree.scale(v_norm, x)
-        never = torch.zeros_like(active)
-        return Solution(w, iterations, r_norm, r_norm <= target, never, carry=w)
+        residual, converged = attained(product, v, x, r_norm, target)
+        return Solution(w, iterations, residual, converged & ~indefinite, indefinite, carry=w)
 
 
-def _unit(preconditioner: Callable[[Tree], Tree], y: Tree) -> tuple[Tree, Tree, Tensor]:
-    """u, z = M⁻¹u and β with y = βu and ⟨u, z⟩ = 1; all zero for y = 0."""
+def _unit(preconditioner: Callable[[Tree], Tree], y: Tree) -> tuple[Tree, Tree, Tensor, Tensor]:
+    """u, z = M⁻¹u and β with y = βu and ⟨u, z⟩ = 1, all zero for y = 0; and whether ⟨y, M⁻¹y⟩ < 0, which must not be."""
     length = _tree.norm(y)
     # On y/‖y‖, so that ⟨y, M⁻¹y⟩ does not underflow for a small H.
     u = _tree.scale(_inverse(length), y)
     z = preconditioner(u)
-    height = _tree.dot(u, z).clamp(min=0).sqrt()
+    square = _tree.dot(u, z)
+    height = square.clamp(min=0).sqrt()
     inverse = _inverse(height)
-    return _tree.scale(inverse, u), _tree.scale(inverse, z), length * height
+    return _tree.scale(inverse, u), _tree.scale(inverse, z), length * height, square < -rounding(y) * _tree.norm(z)
 
 
 def _inverse(x: Tensor) -> Tensor:

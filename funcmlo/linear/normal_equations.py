@@ -49,12 +49,18 @@ class NormalEquations(LinearSolver):
     tol: float = 1e-3
 
     needs_transpose: ClassVar[bool] = True
-    goes_on: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse what is no linear solver."""
         if not isinstance(self.solver, LinearSolver):
             raise DefinitionError(f"NormalEquations(solver={self.solver!r}): expected a linear solver such as CG(20).")
+        if not self.solver.uses_operator or getattr(self.solver, "preconditioner", None) is not None:
+            raise DefinitionError(
+                f"NormalEquations({type(self.solver).__name__}(…)): what stands for H, as a preconditioner or an identity, "
+                "does not stand for HᵀH; expected a solver without a preconditioner, such as CG(20)."
+            )
+        for name in ("goes_on", "carries_solution", "exact", "knob", "differentiable", "vmap"):
+            object.__setattr__(self, name, getattr(self.solver, name))
         check_not_negative("NormalEquations", tol=self.tol)
 
     def prepare(self, operator: Operator) -> Any:

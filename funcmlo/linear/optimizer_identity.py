@@ -47,6 +47,7 @@ class OptimizerIdentity(LinearSolver, Preconditioner):
 
     uses_operator: ClassVar[bool] = False
     inverts: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

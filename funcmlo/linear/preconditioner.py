@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from funcmlo._tree import Tree
 from funcmlo.errors import DefinitionError
@@ -13,6 +13,11 @@ from funcmlo.operators import Operator
 
 class Preconditioner(ABC):
     """What makes a preconditioner from an operator: a solver whose answer is a fixed linear map."""
+
+    vmap: ClassVar[bool] = True
+    """Whether it works on problems mapped by `torch.func.vmap`."""
+    differentiable: ClassVar[bool] = True
+    """Whether it works where the solve is differentiated again."""
 
     @abstractmethod
     def inverse(self, operator: Operator) -> Callable[[Tree], Tree]:
@@ -41,17 +46,21 @@ def preconditioning(given: Callable[[Tree], Tree] | Preconditioner | None, opera
     return (lambda r: r) if given is None else given
 
 
-def check_preconditioner(owner: str, given: Any) -> None:
-    """Raise unless something is a preconditioner or None.
+def take_preconditioner(solver: Any) -> None:
+    """Check a solver's `preconditioner`, and let the solver promise no more than it.
 
     Args:
-        owner: the solver's name, for the message.
-        given: what the user gave.
+        solver: a frozen solver that is being made.
 
     Raises:
         DefinitionError: it is not.
     """
-    if not (given is None or callable(given) or isinstance(given, Preconditioner)):
+    given = solver.preconditioner
+    if isinstance(given, type) or not (given is None or callable(given) or isinstance(given, Preconditioner)):
         raise DefinitionError(
-            f"{owner}(preconditioner={given!r}): expected a function from a tree to a tree, Nystrom(10), or None."
+            f"{type(solver).__name__}(preconditioner={given!r}): expected a function from a tree to a tree, Nystrom(10), "
+            "or None."
         )
+    if isinstance(given, Preconditioner):
+        for name in ("vmap", "differentiable"):
+            object.__setattr__(solver, name, getattr(given, name))
