@@ -49,7 +49,8 @@ def argmin(
             last), or an outside `Solver`.
         steps: the number of updates; with 0, `init` itself is taken as the solution.
         response: how the solution is differentiated; `ITD()` through the steps (and by `init`), others at the solution.
-        project: keeps the parameters in a set after each update; where it holds a solution back, only `ITD()` knows.
+        project: keeps the parameters in a set after each update; where it holds a solution back, `ITD()`, `Penalty` and
+            `AID(…, curvature="fixed_point")` know.
         maximize: whether the loss is maximized.
         seed: where a loss's random draws come from: the same in every call.
 
@@ -79,8 +80,9 @@ def argmin(
             f"argmin: {type(response).__name__} follows inner steps, but steps=0 makes none; use AID(…), which takes init "
             "as the solution."
         )
-    unseen = [name for name in (*level.optimizer_levels, *level.project_levels) if name not in level.cost_levels]
-    if unseen and response.requires == "solution" and not response.sees_step and not level.has_solver:
+    settings = (*(() if level.has_solver else level.optimizer_levels), *level.project_levels)
+    unseen = [name for name in settings if name not in level.cost_levels]
+    if unseen and response.requires == "solution" and not response.sees_step:
         warnings.warn(
             f"argmin: {type(response).__name__} looks at the solution alone, so the derivative by what only the optimizer "
             f"reads ({listing(unseen)}) is zero; use ITD(), which follows the inner steps.",
@@ -199,12 +201,14 @@ def _solved(
     standing = init, problem.optimizer(x).init(init)
 
     def loss(constants: list[Tensor], at: Tree, x: dict[str, Tree], draw: int | None = None) -> Tensor:
-        return bind(constants).cost(at, x, max(steps - 1, 0) if draw is None else steps + draw)[0]
+        return bind(constants).cost(at, x, max(steps - 1, 0) + (0 if draw is None else 1 + draw))[0]
 
-    if response.requires == "solution":
+    if response.requires == "solution" and not response.uses_optimizer:
         solved = hand_over(problem, standing, standing, (y, standing[1]), [Passage(x)] * steps, x)
     else:  # nothing of the steps left the forward pass, so they are made again
         solved = run(problem, standing, x, steps, response.requires, response.keep(steps)).solved
         if START in x:
             solved = replace(solved, start=lambda x: (x[START], problem.optimizer(x).init(x[START])))
+    if response.claims.stochastic:
+        solved = replace(solved, seed=operands.drawn_seed(problem.seed, "argmin", x, y))
     return replace(solved, loss=Closed(loss, constants))

@@ -12,8 +12,6 @@ has seen.
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -22,7 +20,6 @@ from torch import Tensor
 
 from funcmlo import _tracing, _tree
 from funcmlo._tree import Tree
-from funcmlo.errors import EstimatorError
 
 
 class Pullback(Protocol):
@@ -84,82 +81,11 @@ def with_vjp(
         What the body returns.
     """
     if _tracing.transforming():
-        return _with_vjp_func(function, arguments, body)
+        return with_vjp_func(function, arguments, body)
     record = _tracing.recording(*arguments)
     value, extra, pullback = _vjp(function, arguments, record)
     answer = body(value, extra, pullback)
     return answer if record or torch.is_grad_enabled() else _tree.detach(answer)
-
-
-def jvp_of_gradients(
-    cost: Callable[..., tuple[Tensor, Any]], arguments: Sequence[Tree], along: int, tangent: Tree
-) -> tuple[Tree, ...]:
-    """Return the derivative of a cost's gradients by every argument, along a direction of one of them.
-
-    Forward mode over reverse mode: no graph of the gradients is built, so it takes the memory of one gradient. For a
-    cost g(y, x) along c in y it is (∇²_yy g c, ∇²_xy g c), because second derivatives commute.
-
-    Args:
-        cost: a function of the arguments that returns (0-d tensor, anything).
-        arguments: trees of tensors.
-        along: the number of the argument that is moved.
-        tangent: the direction, a tree like that argument.
-
-    Returns:
-        One tree for each argument.
-    """
-
-    def gradients(at: Tree) -> tuple[Tree, ...]:
-        return value_and_grads(cost, [*arguments[:along], at, *arguments[along + 1 :]])[2]
-
-    if not _tree.leaves(tangent):
-        return tuple(_tree.zeros_like(argument) for argument in arguments)
-    products: tuple[Tree, ...] = jvp(gradients, arguments[along], tangent)
-    return products
-
-
-def jvp(function: Callable[[Tree], Tree], at: Tree, tangent: Tree) -> Tree:
-    """Return the derivative of a function along a direction, in forward mode: nothing of the way is kept.
-
-    Args:
-        function: a function of a tree of tensors to a tree of tensors; gradients that it takes inside by
-            `value_and_grads` are differentiated again.
-        at: where; it has at least one leaf.
-        tangent: the direction, a tree like `at`.
-
-    Returns:
-        A tree like what the function returns.
-
-    Raises:
-        EstimatorError: an operation in it has no forward-mode derivative.
-    """
-    leaves, structure = _tree.flatten(at)
-    shape: list[Any] = []
-
-    def flat_function(*flat: Tensor) -> list[Tensor]:
-        values, spec = _tree.flatten(function(_tree.unflatten(structure, flat)))
-        shape.append(spec)
-        return values
-
-    _load_forward_mode()
-    try:
-        tangents = torch.func.jvp(flat_function, tuple(leaves), tuple(_tree.leaves(tangent)))[1]
-    except NotImplementedError as error:
-        if "forward AD" not in str(error):
-            raise
-        raise EstimatorError(
-            f"an operation of the loss has no forward-mode derivative ({str(error).splitlines()[0]}); use what takes none: "
-            "ITD() in reverse mode without memory='mixed', PerturbedSolve(…), Hessian('kept')."
-        ) from error
-    return _tree.unflatten(shape[-1], tangents)
-
-
-@functools.cache
-def _load_forward_mode() -> None:
-    """Let torch load what it loads at the first forward-mode derivative, where it warns of its own TorchScript."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
 
 
 def vjp(function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree]) -> tuple[Tree, Any, Pullback]:
@@ -186,14 +112,14 @@ def _vjp(function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree], r
     return value, extra, _pullback(_tree.leaves(value), aliases, record)
 
 
-def _pullback(outputs: list[Tensor], arguments: Sequence[Tree], record: bool) -> Pullback:
-    """The products by walking the graph between aliases of the arguments and the outputs."""
+def _pullback(outputs: list[Tensor], arguments: Sequence[Tree], record: bool, once: bool = False) -> Pullback:
+    """The products by walking the graph between aliases of the arguments and the outputs; `once` leaves no graph behind."""
 
     def pullback(cotangent: Tree, *, wrt: Sequence[int] | None = None) -> tuple[Tree, ...]:
         chosen = [arguments[i] for i in (range(len(arguments)) if wrt is None else wrt)]
         flat = [leaf for argument in chosen for leaf in _tree.leaves(argument)]
-        again = record or _tracing.recording(cotangent)
-        grads = _autograd(outputs, flat, _tree.leaves(cotangent), create_graph=again, retain_graph=True)
+        again = not once and (record or _tracing.recording(cotangent))
+        grads = _autograd(outputs, flat, _tree.leaves(cotangent), create_graph=again, retain_graph=not once)
         answer = []
         for argument in chosen:
             leaves, structure = _tree.flatten(argument)
@@ -241,19 +167,24 @@ def _value_and_grads_func(
     def body(value: Tensor, extra: Any, pullback: Pullback) -> tuple[Tensor, Any, tuple[Tree, ...]]:
         return value, extra, pullback(torch.ones_like(value))
 
-    value, extra, grads = _with_vjp_func(cost, arguments, body)
+    value, extra, grads = with_vjp_func(cost, arguments, body)
     return value, extra, grads, (True,) * len(arguments)
 
 
-def _with_vjp_func(
-    function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree], body: Callable[[Tree, Any, Pullback], Tree]
+def with_vjp_func(
+    function: Callable[..., tuple[Tree, Any]],
+    arguments: Sequence[Tree],
+    body: Callable[[Tree, Any, Pullback], Tree],
+    once: bool = False,
 ) -> Tree:
+    """Do what `with_vjp` does at a level of torch.func; `once` for a pullback that is called once and leaves no graph."""
     box: list[Callable[[list[Tensor]], Tree]] = []
 
     def inside(*level: Tree) -> tuple[Tensor, list[Tensor]]:
         value, extra = function(*level)
         # functorch always builds the graph on: its outer levels are told by it what happened inside.
-        tensors, whole = _tree.partition(body(value, extra, _pullback(_tree.leaves(value), level, record=True)))
+        pullback = _pullback(_tree.leaves(value), level, record=not once, once=once)
+        tensors, whole = _tree.partition(body(value, extra, pullback))
         box.append(whole)
         return torch.zeros(()), tensors  # vjp wants an output
 

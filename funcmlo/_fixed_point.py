@@ -146,7 +146,7 @@ class FixedPoint:
 
     def _solved(self, phi: Phi, kept: tuple[list[Tensor], Tree], x: dict[str, Tree], y: Tree) -> Solved:
         """The fixed point as estimators see it: the condition y − Φ(y, x) = 0."""
-        constants, begin = kept
+        owner, (constants, begin) = "fixed_point", kept
         return Solved(
             params=y,
             opt_state=(),
@@ -157,6 +157,7 @@ class FixedPoint:
             update=lambda at, state, x, t=None: (phi(constants, at, x), state),
             start=lambda x: (operands.begun(x, begin, y), ()),
             optimizer=STATELESS,
+            seed=operands.drawn_seed(self.seed, owner, x, y) if self.response.claims.stochastic else self.seed,
             condition=Closed(lambda c, at, x: _tree.subtract(at, phi(c, at, x)), constants),
         )
 

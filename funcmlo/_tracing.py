@@ -73,7 +73,7 @@ def call_outside(function: Callable[..., Any], *arguments: Any) -> Any:
     Returns:
         What it returns; under a map, which nothing can leave, it is called inside.
     """
-    arguments = _tree.map_tensors(lambda x: _untracked(x.detach().clone()), arguments)
+    arguments = _tree.map_tensors(lambda x: untracked(x.detach().clone()), arguments)
     leaves = [x for x in _tree.leaves(arguments) if isinstance(x, Tensor)]
     with torch.no_grad():
         if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in leaves) or not transforming():
@@ -82,8 +82,8 @@ def call_outside(function: Callable[..., Any], *arguments: Any) -> Any:
             return function(*arguments)
 
 
-def _untracked(x: Tensor) -> Tensor:
-    """A detached tensor outside of the levels that differentiate it; what a map batches stays batched."""
+def untracked(x: Tensor) -> Tensor:
+    """Return a detached tensor outside of the levels that differentiate it; what a map batches stays batched."""
     while torch._C._functorch.is_gradtrackingtensor(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, Dataset
 
+from funcmlo import _tracing, _tree
 from funcmlo.errors import BatchError, listing, suggest
 from funcmlo.level import Level
 
@@ -85,7 +86,8 @@ def _feed(level: Level, batches: Mapping[str, Any], start: int, *, pure: bool) -
 class _Indexed:
     """An indexed source behind a feed: the last batch is kept, because estimators ask for it again and again.
 
-    So a source that draws at random gives one batch per step all the same.
+    So a source that draws at random gives one batch per step to those who look at the last step; who makes earlier steps
+    again asks for their batches again, and must get the same.
     """
 
     def __init__(self, source: Feed) -> None:
@@ -94,7 +96,8 @@ class _Indexed:
 
     def __call__(self, t: int) -> Any:
         if self._last is None or self._last[0] != t:
-            self._last = (t, self._source(t))
+            # Kept longer than the derivative that asks for it: what is made inside of one must not stay there.
+            self._last = (t, _outside(self._source(t)))
         return self._last[1]
 
 
@@ -115,7 +118,8 @@ class _Sequential:
                 drawn = self._next - self._first
                 raise BatchError(
                     f"the iterator of level '{self._level}' ended after {drawn} batches, but step {t - self._first + 1} "
-                    "of this call needs another; one outer step takes `steps` of them. The state is unchanged; the "
+                    "of this call needs another; one outer step takes `steps` of them, "
+                    "and an estimator that resamples more. The state is unchanged; the "
                     f"{drawn} batches drawn are gone. Pass a longer or an endless iterator (itertools.cycle)."
                 ) from None
             self._next += 1
@@ -136,3 +140,10 @@ def forget(feed: Feed, before: int) -> None:
     """Tell a feed that steps before this one will not be asked for again."""
     if isinstance(feed, _Sequential):
         feed.forget(before)
+
+
+def _outside(batch: Any) -> Any:
+    """A batch whose tensors are outside of the torch.func levels that are being differentiated."""
+    if not _tracing.transforming():
+        return batch
+    return _tree.map_tensors(lambda x: x if _tracing.traced(x) else _tracing.untracked(x), batch)

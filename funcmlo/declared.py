@@ -51,6 +51,19 @@ def check_nested(levels: Sequence[Level], needs: Dependence) -> None:
             raise DefinitionError(f"level '{level.name}': roll_back=True is carried by composition=\"paths\" only.")
         for upper in needs.users(level.name):
             response = level.response_for(upper)
+            below = needs.needed[level.name]
+            if below and not response.total:
+                raise DefinitionError(
+                    f"level '{level.name}': {compact(response)} does not work on a cost with solutions inside (those of "
+                    f'{listing(below)}); use AID(CG(…)) or ITD() there, or composition="paths".'
+                )
+            moving = [name for name in level.loop_levels if name in below]
+            looks = response.sees_step or response.uses_optimizer or response.steps_again
+            if moving and looks and not response.in_the_open:
+                raise DefinitionError(
+                    f"level '{level.name}': {compact(response)} looks at the optimizer's step, which reads "
+                    f'{listing(moving)} below it; composition="nested" differentiates that through ITD() alone.'
+                )
             if response.requires != "solution" and not response.in_the_open:
                 raise DefinitionError(
                     f"level '{level.name}': {compact(response)} needs the inner run (requires={response.requires!r}), which "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from funcmlo.describe import compact
 from funcmlo.errors import listing
 from funcmlo.graph import Graph
 from funcmlo.level import Level
@@ -35,15 +36,20 @@ def doubts(levels: Sequence[Level], graph: Graph) -> list[str]:
     for level in levels:
         # An optimizer's settings leave a converged solution where it is. So does a start, and is meant to where the
         # loss reads the same level (a proximal term).
-        unseen = {name for name in level.start_levels if name not in level.cost_levels} | set(level.optimizer_levels)
-        unseen |= set(level.project_levels)
-        blind = [response for response in level.responses if response.requires == "solution" and not response.sees_step]
-        if unseen and blind and not level.has_solver:
-            found.append(
-                f"level '{level.name}': {type(blind[0]).__name__} looks at the solution alone, so nothing of a "
-                f"hypergradient comes through what its init, optimizer or projection reads of {listing(sorted(unseen))}; "
-                "use ITD(), which follows the inner steps, or AID(…, curvature='fixed_point'), which looks at the step."
-            )
+        starts = {name for name in level.start_levels if name not in level.cost_levels}
+        # What an outside solver reads, the loss reads too.
+        settings = {*level.project_levels, *(() if level.has_solver else level.optimizer_levels)}
+        for response in level.responses:
+            unseen = set() if response.follows_start else starts
+            if response.requires == "solution" and not response.sees_step:
+                unseen = unseen | settings
+            if unseen:
+                found.append(
+                    f"level '{level.name}': {compact(response)} does not look at what its init, optimizer or projection "
+                    f"reads of {listing(sorted(unseen))}, so nothing of a hypergradient comes through that; use ITD(), "
+                    "which follows the inner steps, or, for a projection, AID(…, curvature='fixed_point')."
+                )
+                break
     return found
 
 

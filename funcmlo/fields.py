@@ -115,7 +115,7 @@ def check_sources(name: str, call: Call | None, what: str) -> None:
         if source == name:
             raise DefinitionError(
                 f"level '{name}': its {what} reads '{source}', the level itself; its own parameters are the "
-                f"loss's first argument, so write them there: def loss({source}, …)."
+                f"first argument, so write them there: def {what}({source}, …)."
             )
 
 

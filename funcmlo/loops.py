@@ -144,7 +144,7 @@ class Walk:
                 stays[t] = kept(self._standing(name), keep)
             cost, indirect = self._update(problem, inputs, t, costs)
             costs.append(cost)
-            if requires != "solution" or t in keep.before:  # only then is the step run again
+            if requires != "solution" or t in keep.before or t == loop.steps - 1:  # only then is it run again
                 passages.append(Passage(inputs, indirect))
             elif not problem.level.roll_back:
                 forget(problem.feed, problem.first + t)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from funcmlo import _tracing, _tree
+from funcmlo._random import step_seed
 from funcmlo._tree import Tree
 from funcmlo.closures import traced_closure
 from funcmlo.errors import BatchError, EstimatorError, ParameterError, listing, suggest
@@ -70,7 +71,7 @@ def beginning(response: BestResponse, init: Tree, inputs: dict[str, Tree]) -> tu
         needed and is not.
     """
     if response.requires != "replay":
-        return _tree.detach(init), inputs, None
+        return _tree.detach(init), inputs, _tree.map(torch.clone, _tree.detach(init)) if response.uses_optimizer else None
     if _tracing.recording(init):
         return (), {**inputs, START: init}, None
     return (), inputs, _tree.map(torch.clone, init)
@@ -79,6 +80,27 @@ def beginning(response: BestResponse, init: Tree, inputs: dict[str, Tree]) -> tu
 def begun(inputs: dict[str, Tree], constant: Tree, start: Tree) -> Tree:
     """Return a solution map's start from where `beginning` put it."""
     return inputs.get(START, start if constant is None else constant)
+
+
+def drawn_seed(seed: int, owner: str, inputs: dict[str, Tree], solution: Tree) -> int:
+    """Return the seed of what an estimator draws at a solution: the same for the same call, and another at another point.
+
+    Solutions inside each other, or one in a training loop, would otherwise share their draws, and means over products of
+    them would be biased. Under a map, where no value can be read, the seed alone decides.
+
+    Args:
+        seed: the solution map's own.
+        owner: whose it is.
+        inputs: where the solution is taken.
+        solution: y*.
+
+    Returns:
+        The seed.
+    """
+    if _tracing.mapping():
+        return step_seed(seed, f"{owner}.response", 0)
+    point = [float(_tree.norm(_tree.detach(tree))) for tree in (solution, inputs)]
+    return step_seed(seed, f"{owner}.response {point!r}", 0)
 
 
 def check_mode(owner: str) -> None:

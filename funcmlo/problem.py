@@ -72,11 +72,11 @@ class Problem:
             DefinitionError: it reads what the level does not.
         """
         step = self.first + t
-        values = {**self.fixed, **inputs, BATCH: self.feed(step)}
+        values = {**self.fixed, **inputs, **({BATCH: self.feed(step)} if self.level.takes_batch else {})}
         if unknown := [source for source in call.sources if source not in values]:
             raise DefinitionError(
-                f"level '{self.level.name}': {compact(call.function)} reads {listing(map(repr, unknown))}, which the level's "
-                f"loss does not; it can read {listing(values)}."
+                f"level '{self.level.name}': {compact(call.function)} reads {listing(map(repr, unknown))}, which the "
+                f"level's loss does not; it can read {listing(values)}."
             )
         with _random.seeded(_random.step_seed(self.seed, self.level.name, step)):
             return call(first, values=values)
@@ -178,7 +178,10 @@ class Problem:
         Returns:
             A tree like params, or None.
         """
-        return None if self.level.project is None else _tree.subtract(self._projected(params, inputs, t), params)
+        if self.level.project is None:
+            return None
+        # On a copy, because a projection may write to what it is given.
+        return _tree.subtract(self._projected(_tree.map(torch.clone, params), inputs, t), params)
 
     def _projected(self, params: Tree, inputs: Mapping[str, Tree], t: int) -> Tree:
         """The parameters kept in the level's set."""

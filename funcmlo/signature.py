@@ -139,12 +139,12 @@ def declared_in(function: Callable[..., Any], reads: Mapping[str, str] | None) -
 
 
 def reads_nothing(function: Callable[..., Any]) -> bool:
-    """Say whether a function cannot be asked what it reads, as builtins such as `torch.relu`: it takes one argument."""
+    """Say whether a function says nothing of what it reads, as builtins and those of `*args`: it takes one argument."""
     try:
-        inspect.signature(function)
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return True
-    return False
+    return all(p.kind in (_VAR_POSITIONAL, _VAR_KEYWORD) for p in parameters)
 
 
 _VAR_POSITIONAL = inspect.Parameter.VAR_POSITIONAL

@@ -212,6 +212,7 @@ def hand_over(
         cost=lambda at, x, t: problem.cost(at, seen(x, t), number(t))[0],
         updates=updates,
         excess=lambda at, x, t: problem.excess(at, seen(x, t), number(t)),
+        correction=correction(None),
     )
     solved = Solved(
         params=end[0],

@@ -20,6 +20,7 @@ ORDER = [
     "_random",
     "_tracing",
     "_diff",
+    "_forward",
     "operators",
     "signature",
     "stateless",

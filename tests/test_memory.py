@@ -166,6 +166,27 @@ def test_schedules_with_the_same_steps_answer_to_the_bit() -> None:
     assert answers == [answers[0]] * len(answers)
 
 
+def test_costs_are_kept_in_one_piece() -> None:
+    """Small tensors that stay, one for each step, riddle the heap: the process then takes several times what is held."""
+    alive: list[StorageWeakRef] = []
+    most = 0
+
+    def loss(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        cost = ((y - x) ** 2).sum()
+        alive.append(StorageWeakRef(cost.untyped_storage()))
+        most = max(most, sum(not ref.expired() for ref in alive))
+        return cost
+
+    p = fm.Multilevel(
+        fm.Level("y", loss, SGD, steps=50, response=fm.ITD(memory=fm.Checkpoint())), fm.Level("x", lambda x, y: y.sum(), SGD)
+    )
+    state = p.init({"y": torch.zeros(3).double(), "x": torch.ones(()).double()})
+    _, metrics = p.step(state, {})
+    assert most <= 3
+    assert torch.allclose(metrics["y"]["costs"], 3 * 0.64 ** torch.arange(50.0).double())
+
+
 def test_batches_are_not_kept() -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0

@@ -174,7 +174,7 @@ def test_programs_that_are_mapped() -> None:
 
 
 def test_what_cannot_go_on_is_refused() -> None:
-    for solver in (fm.Direct(), fm.Neumann(3, scale=0.1), fm.Nystrom(3), fm.Identity()):
+    for solver in (fm.Direct(), fm.Neumann(3, scale=0.1), fm.Nystrom(3, damping=0.1), fm.Identity()):
         with pytest.raises(fm.DefinitionError, match=rf"{type(solver).__name__} does not go on from a start; use CG"):
             fm.AID(solver, warm_start=True)
     with pytest.raises(fm.DefinitionError, match=r"warm_start='yes'\): expected True or False"):

@@ -645,7 +645,7 @@ def test_a_response_that_is_zero_because_the_lower_cost_ignores_the_upper_level(
 def test_what_a_solution_cannot_show_is_said(fields: dict[str, object], unseen: bool) -> None:
     for response in (fm.FiniteDifference(), fm.AID(fm.CG(3))):
         if unseen:
-            with pytest.warns(fm.FuncmloWarning, match=r"looks at the solution alone.*reads of x; use ITD\(\)"):
+            with pytest.warns(fm.FuncmloWarning, match=r"does not look at what its init.*reads of x, so .* use ITD\(\)"):
                 program(response=response, **fields)
         else:
             program(response=response, **fields)

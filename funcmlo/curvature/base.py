@@ -33,6 +33,8 @@ class Curvature(ABC):
     """Whether its products depend on random draws."""
     differentiable: ClassVar[bool] = False
     """Whether the implicit response can be differentiated again with it."""
+    total: ClassVar[bool] = True
+    """Whether it works where the cost has solutions of levels below inside, as in `composition="nested"`."""
     sees_step: ClassVar[bool] = False
     """Whether it looks at the optimizer's step and not at the cost alone."""
 

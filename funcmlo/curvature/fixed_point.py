@@ -33,7 +33,7 @@ class FixedPoint(Curvature):
     digits cancel in float32: for gradient descent the operator is the learning rate times the Hessian.
 
     With an adaptive optimizer (Adam, RMSProp, …) the state must remember gradients larger than what is left of them at the
-    solution, as after an inner loop. A fresh state (`argmin`, `steps=0`) has ∂u/∂ν ~ 1/|∇g|, a system that no dtype can
+    solution, as after an inner loop. A fresh state (`steps=0`) has ∂u/∂ν ~ 1/|∇g|, a system that no dtype can
     hold: the stats say so. Without a projection or decay, "hessian" is the same response.
 
     Example:

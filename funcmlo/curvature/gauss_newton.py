@@ -58,6 +58,7 @@ class GaussNewton(Curvature):
     _loss: Call = field(init=False, repr=False)
 
     exact: ClassVar[bool] = False
+    total: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Read the signatures."""

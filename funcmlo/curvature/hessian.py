@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from funcmlo import _diff, _tree
+from funcmlo import _diff, _forward, _tree
 from funcmlo._tree import Tree
 from funcmlo.curvature.base import Body, Curvature
 from funcmlo.curvature.cross import check_loss, difference_quotient, gradient, mixed_difference, mixed_product
@@ -59,6 +59,7 @@ class Hessian(Curvature):
                 f"Hessian(products={self.products!r}): expected {', '.join(map(repr, get_args(Products)))}."
             )
         object.__setattr__(self, "differentiable", self.products == "kept")
+        object.__setattr__(self, "total", self.products != "forward")  # a solution has no forward-mode derivative
         object.__setattr__(self, "exact", self.products != "finite_difference")
 
     def within(self, solved: Solved, cotangent: Tree, body: Body, *, transpose: bool = False) -> Tree:
@@ -72,7 +73,7 @@ class Hessian(Curvature):
             return _diff.with_vjp(lambda at: (gradient(solved, at, x), None), [y], lambda _, __, back: back(u)[0])
 
         def forward(u: Tree) -> Tree:
-            return _diff.jvp_of_gradients(lambda at: (solved.loss(at, x), None), [y], 0, u)[0]
+            return _forward.jvp_of_gradients(lambda at: (solved.loss(at, x), None), [y], 0, u)[0]
 
         def difference(u: Tree) -> Tree:
             length = _tree.norm(u)
@@ -86,7 +87,7 @@ class Hessian(Curvature):
                 return mixed_difference(solved, w)
             if self.products == "recompute":
                 return mixed_product(solved, w)
-            products = _diff.jvp_of_gradients(lambda at, inputs: (solved.loss(at, inputs), None), [y, x], 0, w)
+            products = _forward.jvp_of_gradients(lambda at, inputs: (solved.loss(at, inputs), None), [y, x], 0, w)
             return dict(_tree.negative(products[1]))
 
         matvec = {"recompute": recompute, "forward": forward, "finite_difference": difference}[self.products]

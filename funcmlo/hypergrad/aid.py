@@ -10,6 +10,7 @@ from funcmlo._tree import Tree
 from funcmlo.curvature import Curvature, FixedPoint, Hessian
 from funcmlo.curvature.base import Cross
 from funcmlo.curvature.cross import check_loss, mixed_difference
+from funcmlo.describe import compact
 from funcmlo.errors import DefinitionError
 from funcmlo.hypergrad.adaptation import adaptation
 from funcmlo.hypergrad.base import BestResponse, Claims, Requires, Target
@@ -18,6 +19,8 @@ from funcmlo.hypergrad.stats import Stats
 from funcmlo.hypergrad.warm import Drift
 from funcmlo.linear.base import LinearSolver, Solution
 from funcmlo.linear.differentiable import Condition, System, solve
+from funcmlo.linear.kfac import KFAC
+from funcmlo.linear.nystrom import Nystrom
 from funcmlo.linear.optimizer_identity import OptimizerIdentity
 from funcmlo.operators import Operator
 
@@ -81,12 +84,12 @@ class AID(BestResponse):
             raise DefinitionError(
                 f"AID(solver={self.solver!r}): expected a linear solver such as CG(20), Neumann(20, scale=0.1) or Direct()."
             )
-        if not isinstance(self.curvature, Curvature) and self.curvature not in _CURVATURES:
+        if not isinstance(self.curvature, Curvature) and self.curvature not in tuple(_CURVATURES):
             raise DefinitionError(
                 f"AID(curvature={self.curvature!r}): expected 'hessian', 'fixed_point', or a value such as "
                 "GaussNewton(outputs, loss)."
             )
-        if self.cross not in {"autodiff", "finite_difference"}:
+        if self.cross not in ("autodiff", "finite_difference"):
             raise DefinitionError(f"AID(cross={self.cross!r}): expected 'autodiff' or 'finite_difference'.")
         solver, curvature = self.solver, self._curvature
         name = type(solver).__name__
@@ -102,6 +105,16 @@ class AID(BestResponse):
             )
         if not isinstance(self.warm_start, bool):
             raise DefinitionError(f"AID(warm_start={self.warm_start!r}): expected True or False.")
+        if curvature.stochastic and self.cross == "finite_difference":
+            raise DefinitionError(
+                f"AID(curvature={self.curvature!r}, cross='finite_difference'): the difference would take the last batch "
+                "instead of a fresh one; expected Resampled(Hessian('finite_difference')), which takes both by differences."
+            )
+        if isinstance(solver, Nystrom) and solver.damping is None:
+            raise DefinitionError(
+                f"AID({compact(solver)}): damping=None suits a preconditioner, and would be a bias of the size of the least "
+                "eigenvalue found; expected Nystrom(…, damping=…) with a small number."
+            )
         if self.warm_start and not solver.goes_on:
             raise DefinitionError(
                 f"AID({name}(…), warm_start=True): {name} does not go on from a start; use CG, MINRES, GMRES or "
@@ -109,6 +122,10 @@ class AID(BestResponse):
             )
         object.__setattr__(self, "claims", self._claims())
         object.__setattr__(self, "sees_step", curvature.sees_step)
+        adapted = (solver, getattr(solver, "preconditioner", None))
+        uses = curvature.sees_step or any(isinstance(part, OptimizerIdentity) for part in adapted)
+        object.__setattr__(self, "uses_optimizer", uses)
+        object.__setattr__(self, "total", curvature.total and not any(isinstance(part, KFAC) for part in adapted))
 
     @property
     def _curvature(self) -> Curvature:
@@ -124,7 +141,11 @@ class AID(BestResponse):
             exact=solver.exact and curvature.exact and exact_cross and not damped,
             stochastic=curvature.stochastic,
             knob=solver.knob,
-            differentiable=solver.inverts and solver.differentiable and curvature.differentiable and exact_cross,
+            differentiable=solver.inverts
+            and solver.differentiable
+            and isinstance(curvature, Hessian)
+            and curvature.differentiable
+            and exact_cross,
             vmap=solver.vmap,
         )
 
@@ -197,7 +218,9 @@ class AID(BestResponse):
         return products, state, self._stats(*told)
 
     def _stats(self, hvps: int, *told: Any) -> Stats:
-        return Stats(hvps, 2 if self.cross == "finite_difference" else 1, **dict(zip(_TOLD, told, strict=True)))
+        gradients = 2 if self.cross == "finite_difference" else 1
+        gradients += isinstance(self.solver, OptimizerIdentity)  # where the optimizer's update is taken apart
+        return Stats(hvps, gradients, **dict(zip(_TOLD, told, strict=True)))
 
 
 _TOLD = ("iterations", "residual", "converged", "negative_curvature")

@@ -73,6 +73,18 @@ class BestResponse(ABC):
     sees_step: ClassVar[bool] = False
     """Whether it looks at the optimizer's step, the projection included, and not at the cost alone."""
 
+    total: ClassVar[bool] = True
+    """Whether it works where the level's cost has solutions of levels below inside, as in `composition="nested"`."""
+    steps_again: ClassVar[bool] = False
+    """Whether it makes steps of its own with the level's optimizer and projection."""
+    uses_optimizer: ClassVar[bool] = False
+    """Whether it looks at the optimizer's state at the solution."""
+
+    @property
+    def follows_start(self) -> bool:
+        """Whether it differentiates by where the inner loop begins."""
+        return self.requires != "solution"
+
     @property
     def in_the_open(self) -> bool:
         """Whether the inner steps are differentiated where they are made, by whoever differentiates the program: `ITD()`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funcmlo import _diff, _tree
+from funcmlo import _forward, _tree
 from funcmlo._tree import Tree
 from funcmlo.hypergrad.solved import Solved, Standing
 from funcmlo.operators import ravel, unravel
@@ -38,7 +38,7 @@ def columnwise(solved: Solved, cotangent: Tree, begin: Standing | None, first: i
         return y
 
     def component(direction: Tensor) -> Tensor:
-        return _tree.dot(cotangent, _diff.jvp(ending, solved.inputs, unravel(direction, solved.inputs)))
+        return _tree.dot(cotangent, _forward.jvp(ending, solved.inputs, unravel(direction, solved.inputs)))
 
     basis = torch.eye(size, dtype=_tree.precision(solved.inputs), device=_tree.leaves(solved.inputs)[0].device)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcmlo import _diff, _tree
+from funcmlo import _forward, _tree
 from funcmlo._tree import Tree
 from funcmlo.hypergrad.base import BestResponse, Claims, Requires
 from funcmlo.hypergrad.once import once
@@ -87,7 +87,7 @@ class ForwardGradient(BestResponse):
         check_steps("ForwardGradient", solved)
 
         def product(r: dict[str, Tree]) -> Tensor:
-            return _tree.dot(cotangent, _diff.jvp(lambda x: run_again(solved, x), solved.inputs, r))
+            return _tree.dot(cotangent, _forward.jvp(lambda x: run_again(solved, x), solved.inputs, r))
 
         with torch.no_grad():
             products = mean_product(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, ClassVar, Literal
 
+from funcmlo import _tree
 from funcmlo._tree import Tree
 from funcmlo.errors import DefinitionError, EstimatorError
 from funcmlo.hypergrad.base import BestResponse, Claims, Requires
@@ -36,7 +37,8 @@ class ITD(BestResponse):
     - `memory="store"`: the activations of all inner steps, each step made once. The only one that can be differentiated
       again.
     - `"recompute"`: T·p and one step's graph; every step is made twice.
-    - `"mixed"`: T·p and one step's activations, without a graph of the gradient: forward mode over reverse mode.
+    - `"mixed"`: T·p and one step's activations with their tangents: forward mode over reverse mode in place of a graph of
+      the gradient; every step is made twice.
     - `Checkpoint()`: 2√T·p and one step's graph, every step made up to three times; `Checkpoint(arity=k)`: about
       (k − 1)·log_k T·p, every step made up to 1 + ⌈log_k T⌉ times. `Checkpoint(…, mixed=True)` in mixed mode.
 
@@ -85,13 +87,13 @@ class ITD(BestResponse):
 
     def __post_init__(self) -> None:
         """Refuse settings out of range, and work out what they need and claim together."""
-        if self.mode not in {"reverse", "forward"}:
+        if self.mode not in ("reverse", "forward"):
             raise DefinitionError(f"ITD(mode={self.mode!r}): expected 'reverse' or 'forward'.")
         for name in ("window", "chunk"):
             number = getattr(self, name)
             if number is not None and (isinstance(number, bool) or not isinstance(number, Integral) or number < 1):
                 raise DefinitionError(f"ITD({name}={number!r}): expected an integer of at least 1, or None.")
-        if not isinstance(self.memory, Checkpoint) and self.memory not in {"store", "recompute", "mixed"}:
+        if not isinstance(self.memory, Checkpoint) and self.memory not in ("store", "recompute", "mixed"):
             raise DefinitionError(f"ITD(memory={self.memory!r}): expected 'store', 'recompute', 'mixed' or Checkpoint(…).")
         if not isinstance(self.offload, bool):
             raise DefinitionError(f"ITD(offload={self.offload!r}): expected True or False.")
@@ -110,6 +112,11 @@ class ITD(BestResponse):
             object.__setattr__(
                 self, "claims", Claims(target="unrolled", exact=not windowed, knob="window" if windowed else None)
             )
+
+    @property
+    def follows_start(self) -> bool:
+        """Whether it differentiates by where the inner loop begins: not with a window."""
+        return self.window is None
 
     @property
     def in_the_open(self) -> bool:
@@ -155,6 +162,8 @@ class ITD(BestResponse):
         if self.mode == "forward":
             begin = rewind.standing(first) if first else None
             products = columnwise(solved, cotangent, begin, first, self.chunk)
+            made = _tree.size(solved.inputs) * (solved.steps - first)
+            return products, state, Stats(steps=made, replayed=rewind.replayed)
         elif self.memory == "store":
             products = rewind.recorded(cotangent, first)
         else:

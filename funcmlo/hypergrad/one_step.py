@@ -20,7 +20,7 @@ class OneStep(BestResponse):
 
     Exact where ∂Φ/∂y = 0 (Newton steps); else its relative error is about the contraction rate ρ of the steps, so it is
     for fast solvers, and a direction for others. Where no steps were made (`steps=0`, `solve=False`, a solution from
-    elsewhere) or they are not at hand (`argmin`), one step more at the solution is differentiated: Jacobian-free
+    elsewhere) one step more at the solution is differentiated: Jacobian-free
     backpropagation through an equilibrium.
 
     Example:
@@ -42,6 +42,7 @@ class OneStep(BestResponse):
     requires: ClassVar[Requires] = "solution"
     claims: ClassVar[Claims] = Claims(target="step")
     sees_step: ClassVar[bool] = True
+    uses_optimizer: ClassVar[bool] = True
 
     def keep(self, steps: int) -> Keep:
         """Say which standings of an inner loop are to be kept: the one before the last step.

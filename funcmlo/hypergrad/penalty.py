@@ -88,6 +88,7 @@ class Penalty(BestResponse):
 
     requires: ClassVar[Requires] = "solution"
     claims: ClassVar[Claims] = Claims(target="implicit", exact=False, knob="sigma")
+    steps_again: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse settings without a meaning."""
@@ -185,9 +186,11 @@ class Penalty(BestResponse):
             _, _, (gradient,), _ = _diff.value_and_grads(lambda at: (solved.loss(at, x), None), [y])
             gradient = _tree.add(gradient, shift)
             if own is not None:
+                if solved.parts is not None and solved.parts.correction is not None:
+                    gradient = _tree.add(gradient, solved.parts.correction)
                 updates, state = own.update(gradient, state, params=y)
             else:
-                # The level's own updates hold what levels below it add to its gradient.
+                # The level's own updates add by themselves what levels below it add to its gradient.
                 assert solved.parts is not None
                 updates, state = solved.parts.updates(y, state, x, gradient, None)
             new = optim.apply(y, updates)

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from funcmlo import _diff, _tree, optim
+from funcmlo import _diff, _forward, _tree, optim
 from funcmlo._tree import Tree
 from funcmlo.errors import EstimatorError
 from funcmlo.hypergrad.checkpoint import Checkpoint, Every
@@ -165,7 +165,7 @@ class Rewind:
             return _tree.floating((moved if excess is None else _tree.add(moved, excess), state))[0], None
 
         z_bar, slope_bar, x_bar = _diff.with_vjp(applied, [z, slope, x], lambda _, __, back: back(bar))
-        y_more, x_more = _diff.jvp_of_gradients(cost, [y, x], 0, slope_bar)
+        y_more, x_more = _forward.jvp_of_gradients(cost, [y, x], 0, slope_bar)
         self._add(x_bar)
         self._add(x_more)
         more = _tree.leaves(y_more)

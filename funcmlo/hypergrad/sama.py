@@ -21,8 +21,8 @@ class SAMA(BestResponse):
     The derivative of one step of the optimizer at the solution, by a central difference: no second derivative of the
     network. The optimizer's own derivative comes from automatic differentiation, so it holds for every torchopt optimizer
     and chain of them, at its present moments, with its bias corrections and its learning rate; where a second moment is
-    zero its root is taken to be constant, so nothing is infinite. (A parameter that never had a gradient yet weighs v/ε with
-    Adam's ε, and one step serves all of w: where such a v is not zero, the difference has few digits for the others; take
+    zero its root is taken to be constant, so nothing is infinite. (With Adam a parameter that never had a gradient
+    weighs rate/eps, and one ε serves all of w: where its v is not zero, few digits are left of the others; take
     `AID(OptimizerIdentity())`.) Cost: three gradients and one pass through the optimizer.
 
     It is `AID(OptimizerIdentity(), cross="finite_difference")` under the paper's name.
@@ -53,6 +53,7 @@ class SAMA(BestResponse):
 
     requires: ClassVar[Requires] = "solution"
     claims: ClassVar[Claims] = Claims(target="step", exact=False, knob="scale")
+    uses_optimizer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse a step that is not positive."""

@@ -7,7 +7,8 @@ other's products is zero in expectation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from typing import Any, Literal
 
@@ -123,10 +124,27 @@ def mean_product(
         count = min(together, samples - first)
         # Under a map a draw would be refused, or be another one for each of what is mapped.
         r = _tracing.call_outside(draw, count)
-        products = torch.func.vmap(along, randomness="same")(*r) if together > 1 else along(*(x[0] for x in r))[None]
+        with _mapped():
+            products = torch.func.vmap(along, randomness="same")(*r) if together > 1 else along(*(x[0] for x in r))[None]
         for i, x in enumerate(r):
             weights = products.to(x.device, total[i].dtype).reshape(count, *[1] * (x.dim() - 1))
             total[i] = total[i] + (weights * x).sum(0)
     mean = _tree.unflatten(structure, [(t / samples).to(x.dtype) for t, x in zip(total, leaves, strict=True)])
     answer: dict[str, Tree] = _tree.where(_tree.is_zero(cotangent), _tree.zeros_like(mean), mean)
     return answer
+
+
+@contextmanager
+def _mapped() -> Generator[None]:
+    """Say what to do about a loss that cannot be mapped."""
+    try:
+        yield
+    except EstimatorError:
+        raise
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise EstimatorError(
+            f"the samples cannot be mapped together by torch.func.vmap ({str(error).splitlines()[0][:120]}); give chunk=1, "
+            "which takes them one by one."
+        ) from error

@@ -71,11 +71,13 @@ class Parts:
         cost: `cost(params, inputs, t)`, g_t with the batch and the randomness of step t; with None for t, the last step's.
         updates: `updates(params, opt_state, inputs, gradient, t)` → (u, opt_state), what the optimizer makes of a gradient.
         excess: `excess(params, inputs, t)`, P(y) − y for the level's projection P; None where it has none.
+        correction: what levels below add to the last step's gradient, which `updates` adds by itself; None for nothing.
     """
 
     cost: Callable[[Tree, dict[str, Tree], int | None], Tensor]
     updates: Callable[[Tree, Tree, dict[str, Tree], Tree, int | None], tuple[Tree, Tree]]
     excess: Callable[[Tree, dict[str, Tree], int | None], Tree]
+    correction: Tree = None
 
 
 @dataclass(frozen=True)

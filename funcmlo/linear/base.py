@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funcmlo import _tracing, _tree
 from funcmlo._tree import Tree
-from funcmlo.errors import EstimatorError
+from funcmlo.errors import DefinitionError, EstimatorError
 from funcmlo.operators import Operator
 
 
@@ -86,6 +86,11 @@ class LinearSolver(ABC):
     """Whether its answer reaches H⁻¹v to rounding with ordinary settings (else to its knob's accuracy)."""
     knob: ClassVar[str | None] = None
     """The field whose limit takes its answer to H⁻¹v."""
+
+    def __post_init__(self) -> None:
+        """Refuse a `throw` that is neither."""
+        if not isinstance(self.throw, bool):
+            raise DefinitionError(f"{type(self).__name__}(throw={self.throw!r}): expected True or False.")
 
     @abstractmethod
     def compute(self, operator: Operator, prepared: Any, rhs: Tree, start: Any) -> Solution:
@@ -208,6 +213,9 @@ class Prepared:
 
         Returns:
             A solution whose leaves and statistics have that axis first; `products` counts those of one column.
+
+        Raises:
+            EstimatorError: a column did not converge, and the solver says `throw=True`.
         """
         counts: list[int] = []
         shapes: list[Any] = []
@@ -221,10 +229,18 @@ class Prepared:
             return [*_tree.leaves(solution.value), *known, torch.as_tensor(solution.iterations)]
 
         flat, spec = _tree.flatten(rhs)
+        if not flat:
+            return self.solve(rhs)
         found = list(torch.func.vmap(column, randomness="same")(*flat))
         value, rest = found[: len(flat)], iter(found[len(flat) :])
         residual, converged, negative = (None if absent else next(rest) for absent in shapes[-1])
-        return Solution(_tree.unflatten(spec, value), next(rest), residual, converged, negative, counts[-1])
+        block = Solution(_tree.unflatten(spec, value), next(rest), residual, converged, negative, counts[-1])
+        if self.solver.throw and converged is not None and not _tracing.transforming() and not bool(converged.all()):
+            raise EstimatorError(
+                f"{type(self.solver).__name__} did not converge for {int((~converged).sum())} of {len(converged)} columns. "
+                "Allow more iterations, raise tol= or damping=, or take what was found with throw=False."
+            )
+        return block
 
 
 def _counted(operator: Operator) -> tuple[Operator, list[int]]:

@@ -59,6 +59,7 @@ class CG(LinearSolver):
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
+        super().__post_init__()
         check_iterations("CG", self.iterations)
         check_not_negative("CG", tol=self.tol, damping=self.damping)
         take_preconditioner(self)

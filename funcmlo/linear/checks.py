@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
+from typing import Any
 
 from funcmlo.errors import DefinitionError
 
@@ -22,6 +24,11 @@ def check_iterations(owner: str, iterations: int, name: str = "iterations") -> N
         raise DefinitionError(f"{owner}({name}={iterations!r}): expected an integer of at least 1.")
 
 
+def is_positive(value: Any) -> bool:
+    """Say whether something is a positive finite number."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+
+
 def check_not_negative(owner: str, **settings: float) -> None:
     """Raise unless settings are finite numbers that are not negative.
 
@@ -33,8 +40,7 @@ def check_not_negative(owner: str, **settings: float) -> None:
         DefinitionError: one is not.
     """
     for name, value in settings.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 <= value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
             raise DefinitionError(f"{owner}({name}={value!r}): expected a finite number that is not negative.")
 
 
@@ -49,8 +55,7 @@ def check_positive(owner: str, **settings: float) -> None:
         DefinitionError: one is not.
     """
     for name, value in settings.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 < value < float("inf"):
+        if not is_positive(value):
             raise DefinitionError(f"{owner}({name}={value!r}): expected a finite number above zero.")
 
 

@@ -11,6 +11,7 @@ from funcmlo import _tree
 from funcmlo._tree import Tree
 from funcmlo.errors import DefinitionError
 from funcmlo.linear.base import LinearSolver, Solution
+from funcmlo.linear.checks import check_iterations
 from funcmlo.operators import Operator, ravel, unravel
 
 
@@ -39,8 +40,8 @@ class Direct(LinearSolver):
 
     def __post_init__(self) -> None:
         """Refuse a limit that nothing fits."""
-        if not self.max_size >= 1:
-            raise DefinitionError(f"Direct(max_size={self.max_size!r}): expected an integer of at least 1.")
+        super().__post_init__()
+        check_iterations("Direct", self.max_size, "max_size")
 
     def prepare(self, operator: Operator) -> tuple[Tensor, Tensor]:
         """Lay H out and invert it.

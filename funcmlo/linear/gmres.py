@@ -60,6 +60,7 @@ class GMRES(LinearSolver):
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
+        super().__post_init__()
         check_iterations("GMRES", self.iterations)
         check_not_negative("GMRES", tol=self.tol, damping=self.damping)
         if self.restart is not None:

@@ -61,6 +61,7 @@ class GradientSteps(LinearSolver):
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
+        super().__post_init__()
         if not all(callable(getattr(self.optimizer, name, None)) for name in ("init", "update")):
             raise DefinitionError(
                 f"GradientSteps(optimizer={self.optimizer!r}): expected a torchopt optimizer such as torchopt.sgd(0.1)."

@@ -44,6 +44,7 @@ class Identity(LinearSolver):
 
     def __post_init__(self) -> None:
         """Refuse a scale out of range."""
+        super().__post_init__()
         check_positive("Identity", scale=self.scale)
 
     def compute(self, operator: Operator, prepared: None, rhs: Tree, start: None) -> Solution:

@@ -102,6 +102,7 @@ class KFAC(LinearSolver, Preconditioner):
 
     def __post_init__(self) -> None:
         """Refuse settings out of range, read what the data needs, and see that curvlinops is there."""
+        super().__post_init__()
         if not isinstance(self.net, (Stateless, nn.Module)):
             raise DefinitionError(f"KFAC(net={self.net!r}): expected fm.Stateless(module), or the module.")
         object.__setattr__(self, "_net", self.net if isinstance(self.net, Stateless) else Stateless(self.net))

@@ -61,6 +61,7 @@ class MINRES(LinearSolver):
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
+        super().__post_init__()
         check_iterations("MINRES", self.iterations)
         check_not_negative("MINRES", tol=self.tol, damping=self.damping)
         take_preconditioner(self)

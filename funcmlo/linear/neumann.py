@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,7 +14,7 @@ from funcmlo._tree import Tree
 from funcmlo.errors import DefinitionError, EstimatorError, FuncmloWarning
 from funcmlo.linear.base import LinearSolver, Solution, may_stop
 from funcmlo.linear.beginning import rayleigh, rounding
-from funcmlo.linear.checks import check_iterations, check_seed
+from funcmlo.linear.checks import check_iterations, check_not_negative, check_seed, is_positive
 from funcmlo.operators import Operator
 
 
@@ -65,14 +64,14 @@ class Neumann(LinearSolver):
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
+        super().__post_init__()
         check_iterations("Neumann", self.iterations)
-        if self.scale is not None and not 0 < self.scale < math.inf:
+        if self.scale is not None and not is_positive(self.scale):
             raise DefinitionError(
                 f"Neumann(scale={self.scale!r}): expected a positive number below 2/λ_max; the inner learning rate "
                 "is the usual choice, and None estimates 1/λ_max."
             )
-        if not self.tol >= 0:
-            raise DefinitionError(f"Neumann(tol={self.tol!r}): expected a number that is not negative.")
+        check_not_negative("Neumann", tol=self.tol)
         check_iterations("Neumann", self.power_iterations, "power_iterations")
         check_seed("Neumann", self.seed)
 

@@ -52,6 +52,7 @@ class NormalEquations(LinearSolver):
 
     def __post_init__(self) -> None:
         """Refuse what is no linear solver."""
+        super().__post_init__()
         if not isinstance(self.solver, LinearSolver):
             raise DefinitionError(f"NormalEquations(solver={self.solver!r}): expected a linear solver such as CG(20).")
         if not self.solver.uses_operator or getattr(self.solver, "preconditioner", None) is not None:

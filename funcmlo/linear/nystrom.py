@@ -82,6 +82,7 @@ class Nystrom(LinearSolver, Preconditioner):
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
+        super().__post_init__()
         check_iterations("Nystrom", self.rank, "rank")
         if self.damping is not None:
             check_positive("Nystrom", damping=self.damping)

@@ -52,6 +52,7 @@ class OptimizerIdentity(LinearSolver, Preconditioner):
 
     def __post_init__(self) -> None:
         """Refuse a scale out of range."""
+        super().__post_init__()
         check_positive("OptimizerIdentity", scale=self.scale)
 
     def prepare(self, operator: Operator) -> Callable[[Tree], Tree]:

@@ -12,7 +12,7 @@ import json
 import time
 from typing import Any
 
-from tests.benchmarks.memory import MB, fresh, problem, resident
+from tests.benchmarks.memory import MB, apart, fresh, problem, resident
 
 LIMIT = 2e9
 """Bytes that a process may take."""
@@ -53,11 +53,6 @@ def run(response: str, optimizer: str, steps: int, layers: tuple[int, ...]) -> d
     """The same in a process of its own."""
     settings = {"response": response, "optimizer": optimizer, "steps": steps, "layers": layers}
     return fresh("tests.benchmarks.long_run", settings, QUIET)
-
-
-def apart(a: list[float], b: list[float]) -> float:
-    """The largest difference, relative to the largest entry."""
-    return max(abs(x - y) for x, y in zip(a, b, strict=True)) / max(map(abs, b))
 
 
 def along(gradient: list[float], probe: list[float]) -> float:

@@ -55,8 +55,7 @@ def halvings(steps: int, arity: int) -> int:
 
 AT, DEEP = 4, (64, *[160] * 11, 10)
 """The T and the net for large batches: one step's activations should be most of the memory."""
-LEAST = 2
-"""The T whose peak is taken for the constant: in a first step there is no tangent yet."""
+LEAST = 2  # the T whose peak is taken for the constant: in a first step there is no tangent yet
 
 CLAIMS: dict[str, tuple[str, Callable[[int], float]]] = {
     "store": ("T", lambda t: t),
@@ -91,6 +90,11 @@ class Measured:
     parameters: int
 
 
+def apart(a: Sequence[float], b: Sequence[float]) -> float:
+    """The largest difference, relative to the largest entry."""
+    return max(abs(x - y) for x, y in zip(a, b, strict=True)) / max(map(abs, b))
+
+
 def resident(field: str) -> int:
     """Return VmHWM, the peak, or VmRSS of this process, in bytes."""
     line = next(x for x in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if x.startswith(field))
@@ -107,14 +111,8 @@ def reset_peak() -> int:
 
 def fresh(module: str, arguments: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
     """Run `python -m module --child arguments` and return the JSON that it prints last."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--child", json.dumps(arguments)],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", module, "--child", json.dumps(arguments)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{module} {arguments} failed ({done.returncode}):\n{done.stderr[-2000:]}")
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -151,12 +149,9 @@ def problem(response: Any, optimizer: Any, steps: int, layers: Sequence[int], ba
     def valid(decay: torch.Tensor, student: dict[str, torch.Tensor]) -> torch.Tensor:
         return F.cross_entropy(net(student, held_out[0]), held_out[1])
 
-    program = fm.Multilevel(
-        fm.Level("student", train, optimizer, steps=steps, response=response),
-        fm.Level("decay", valid, optimizer),
-    )
-    state = program.init({"student": net.params(), "decay": torch.full((len(weights),), -7.0)})
-    return program, state, {"student": draw}
+    student = fm.Level("student", train, optimizer, steps=steps, response=response)
+    program = fm.Multilevel(student, fm.Level("decay", valid, optimizer))
+    return program, program.init({"student": net.params(), "decay": torch.full((len(weights),), -7.0)}), {"student": draw}
 
 
 def measure(cell: Cell) -> Measured:
@@ -177,9 +172,8 @@ def measure(cell: Cell) -> Measured:
     begin = time.process_time()
     gradient = program.hypergradient(state, batches, of="decay")
     seconds = time.process_time() - begin
-    peak = resident("VmHWM") - start
     size = sum(x.numel() * x.element_size() for x in state.params["student"].values())
-    return Measured(peak, seconds, gradient.tolist(), size)
+    return Measured(resident("VmHWM") - start, seconds, gradient.tolist(), size)
 
 
 def cell(**settings: Any) -> Measured:
@@ -191,7 +185,7 @@ def against_steps(modes: Sequence[str], optimizer: str, steps: Sequence[int]) ->
     """Measure every mode at every T, and print what came out."""
     found = {name: {t: cell(mode=name, steps=t, optimizer=optimizer) for t in (LEAST, *steps)} for name in modes}
     size = found["recompute"][LEAST].parameters
-    print(f"\n{optimizer}: peak MB above the start against T, p = {size / MB:.2f} MB of parameters, batches of 32")
+    print(f"\n{optimizer}: peak MB above the start against T, p = {size / MB:.2f} MB of parameters, batches of {Cell.batch}")
     table(found, (LEAST, *steps), lambda m, t: f"{m.peak / MB:.1f}")
     print(f"\n{optimizer}: seconds relative to recompute's at the same T, rough")
     table(found, steps, lambda m, t: f"{m.seconds / found['recompute'][t].seconds:.2f}")
@@ -201,21 +195,14 @@ def against_steps(modes: Sequence[str], optimizer: str, steps: Sequence[int]) ->
         law, count = CLAIMS[name]
         cells = [growth({t: m.peak for t, m in row.items()}, count, a, b) for a, b in pairwise(steps)]
         print(f"{name:24}" + "".join(f"{text:>18}" for text in cells) + f"  {law}")
-    exact = {name: row for name, row in found.items() if name != "ForwardGradient(2)"}
-    apart = max(distance(row[t].gradient, found["recompute"][t].gradient) for row in exact.values() for t in row)
-    print(f"the answers differ by {apart:.0e} at most, of the largest entry (ForwardGradient aside)")
+    exact = [row for name, row in found.items() if name != "ForwardGradient(2)"]
+    most = max(apart(row[t].gradient, found["recompute"][t].gradient) for row in exact for t in row)
+    print(f"the answers differ by {most:.0e} at most, of the largest entry (ForwardGradient aside)")
     return found
-
-
-def distance(a: Sequence[float], b: Sequence[float]) -> float:
-    """‖a − b‖ / ‖b‖ in the largest entry."""
-    return max(abs(x - y) for x, y in zip(a, b, strict=True)) / max(map(abs, b))
 
 
 def growth(peaks: dict[int, int], count: Callable[[int], float], a: int, b: int) -> str:
     """How the peak grew from T = a to b beside how it should."""
-    if b not in peaks:
-        return "-"
     if not count(b):
         return f"{peaks[b] / peaks[a]:.2f} (1.00)"
     claim = (count(b) - count(LEAST)) / (count(a) - count(LEAST))
@@ -230,13 +217,11 @@ def against_batch(modes: Sequence[str], batches: Sequence[int]) -> dict[str, dic
     return found
 
 
-def table(
-    found: dict[str, dict[int, Measured]], columns: Sequence[int], text: Callable[[Measured, int], str], width: int = 10
-) -> None:
+def table(found: dict[str, dict[int, Measured]], columns: Sequence[int], text: Callable[[Measured, int], str]) -> None:
     """Print one row for each mode."""
-    print(f"{'':24}" + "".join(f"{column:>{width}}" for column in columns))
+    print(f"{'':24}" + "".join(f"{column:>10}" for column in columns))
     for name, row in found.items():
-        print(f"{name:24}" + "".join(f"{text(row[c], c) if c in row else '-':>{width}}" for c in columns))
+        print(f"{name:24}" + "".join(f"{text(row[c], c):>10}" for c in columns))
 
 
 STYLES = {
@@ -250,44 +235,44 @@ STYLES = {
     "forward": ("C5", "*", "-"),
     "ForwardGradient(2)": ("0.5", "h", ":"),
 }
-"""Colour, marker and line: the last two tell the modes apart in black and white."""
 
 
 def draw_figure(path: Path, by_steps: dict[str, dict[int, Measured]], by_batch: dict[str, dict[int, Measured]]) -> None:
-    """Draw the peaks against T and against the batch."""
+    """Draw the peaks against T and against the batch; markers and lines tell the modes apart in black and white."""
     import matplotlib.pyplot as plt
 
     from paper_repro.results import FIGURE_STYLE
 
-    size = by_steps["recompute"][LEAST].parameters / MB
     with plt.rc_context(FIGURE_STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(10, 5.2), layout="constrained")
+        figure, axes = plt.subplots(1, 2, figsize=(10, 5.4), layout="constrained")
         for axis, found in zip(axes, (by_steps, by_batch), strict=True):
             for name, row in found.items():
                 colour, marker, line = STYLES[name]
                 points = [c for c in sorted(row) if c != LEAST]
+                face, size = ("none", 10) if line == "--" else (colour, 7)  # mixed modes lie upon others
                 peaks = [row[c].peak / MB for c in points]
-                axis.loglog(points, peaks, color=colour, marker=marker, linestyle=line, label=name, markersize=7)
+                axis.loglog(points, peaks, line, color=colour, marker=marker, mfc=face, ms=size, label=name)
             axis.set_xticks(points, [str(c) for c in points])
-            axis.xaxis.minorticks_off()
+            axis.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:,.0f}")
+            axis.minorticks_off()
             axis.grid(color="0.9")
         axes[0].set(xlabel="inner steps T", ylabel="peak memory above the start, MB")
-        axes[0].set_title(f"Long loops: batches of {Cell.batch}, {size:.1f} MB of parameters")
+        megabytes = by_steps["recompute"][LEAST].parameters / MB
+        axes[0].set_title(f"Long loops: batches of {Cell.batch}, {megabytes:.1f} MB of parameters")
         axes[1].set(xlabel="examples in a batch", title=f"Large batches: {AT} inner steps, {len(DEEP) - 1} layers")
         handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-        names = [name for name in STYLES if name in handles]
-        figure.legend([handles[n] for n in names], names, loc="outside lower center", ncols=5, frameon=False)
+        handles = {name: handles[name] for name in STYLES if name in handles}
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
         figure.savefig(path)
         plt.close(figure)
 
 
-LARGE = ["store", "recompute", "mixed", "Checkpoint()", "Checkpoint(mixed=True)"]
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {
         "modes": list(CLAIMS),
         "steps": {"sgd": (16, 64, 256, 1024), "adam": (64, 256)},
-        "large": LARGE,
+        "large": ["store", "recompute", "mixed", "Checkpoint()", "Checkpoint(mixed=True)"],
         "batches": (64, 512, 4096),
     },
     "smoke": {"modes": ["recompute"], "steps": {"sgd": (8, 32)}, "large": ["mixed"], "batches": (64,)},
@@ -302,8 +287,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(asdict(measure(Cell(**json.loads(options.child))))))
-        return
+        return print(json.dumps(asdict(measure(Cell(**json.loads(options.child))))))
     preset = PRESETS[options.preset]
     by_steps = {kind: against_steps(preset["modes"], kind, steps) for kind, steps in preset["steps"].items()}
     by_batch = against_batch(preset["large"], preset["batches"])
