@@ -29,6 +29,7 @@ ORDER = [
     "linear.checks",
     "linear.preconditioner",
     "linear.beginning",
+    "linear.krylov",
     "linear.cg",
     "linear.direct",
     "linear.gmres",

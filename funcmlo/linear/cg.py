@@ -10,15 +10,14 @@ import torch
 
 from funcmlo import _tree
 from funcmlo._tree import Tree
-from funcmlo.linear.base import LinearSolver, Solution, may_stop
+from funcmlo.linear.base import Solution, may_stop
 from funcmlo.linear.beginning import begin, damped, normalized, rounding
-from funcmlo.linear.checks import check_iterations, check_not_negative
-from funcmlo.linear.preconditioner import Preconditioner, preconditioning, take_preconditioner
+from funcmlo.linear.krylov import Krylov
 from funcmlo.operators import Operator
 
 
 @dataclass(frozen=True)
-class CG(LinearSolver):
+class CG(Krylov):
     """Conjugate gradient on (H + λI) w = v, for symmetric H that is positive definite where it is looked at.
 
     It stops, and says so, at a direction p of zero or negative curvature (pᵀHp ≤ 0 to rounding): it keeps the iterate
@@ -48,32 +47,7 @@ class CG(LinearSolver):
         arXiv 1909.04630.
     """
 
-    iterations: int
-    tol: float = 1e-10
-    damping: float = 0.0
-    preconditioner: Callable[[Tree], Tree] | Preconditioner | None = None
-
     symmetric_only: ClassVar[bool] = True
-    goes_on: ClassVar[bool] = True
-    knob: ClassVar[str | None] = "iterations"
-
-    def __post_init__(self) -> None:
-        """Refuse settings out of range."""
-        super().__post_init__()
-        check_iterations("CG", self.iterations)
-        check_not_negative("CG", tol=self.tol, damping=self.damping)
-        take_preconditioner(self)
-
-    def prepare(self, operator: Operator) -> Callable[[Tree], Tree]:
-        """Return the preconditioner as a map.
-
-        Args:
-            operator: H.
-
-        Returns:
-            r ↦ M⁻¹r.
-        """
-        return preconditioning(self.preconditioner, operator)
 
     def compute(self, operator: Operator, prepared: Callable[[Tree], Tree], rhs: Tree, start: Tree) -> Solution:
         """Solve (H + λI) w = v; no iteration depends on data under a torch.func transform or on a GPU.

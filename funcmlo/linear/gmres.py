@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from funcmlo import _tree
 from funcmlo._tree import Tree
-from funcmlo.linear.base import LinearSolver, Solution, may_stop
+from funcmlo.linear.base import Solution, may_stop
 from funcmlo.linear.beginning import attained, begin, damped, normalized, rounding
-from funcmlo.linear.checks import check_iterations, check_not_negative
-from funcmlo.linear.preconditioner import Preconditioner, preconditioning, take_preconditioner
+from funcmlo.linear.checks import check_iterations
+from funcmlo.linear.krylov import Krylov
 from funcmlo.operators import Operator, ravel, unravel
 
 
 @dataclass(frozen=True)
-class GMRES(LinearSolver):
+class GMRES(Krylov):
     """The w of least ‖v − (H + λI)w‖ in span{v, Hv, …, H^(K−1) v}, for any H, symmetric or not.
 
     It keeps an orthonormal basis of that space, restart · p numbers in at least float32, and starts anew when that is
@@ -31,8 +30,8 @@ class GMRES(LinearSolver):
         tol: stop when ‖v − Hw‖ ≤ tol · ‖v‖; never less than two machine epsilons. In float32 and below one product more
             tells the true residual, which an ill-conditioned H lets drift away from the recursion's.
         damping: λ ≥ 0.
-        restart: how many vectors are kept; None for as many as there are iterations, at most 50.
         preconditioner: a map r ↦ M⁻¹r on trees, or what makes one from H; None for the identity.
+        restart: how many vectors are kept; None for as many as there are iterations, at most 50.
 
     Raises:
         DefinitionError: a setting is out of its range.
@@ -49,34 +48,13 @@ class GMRES(LinearSolver):
         Saad and Schultz 1986, GMRES: a generalized minimal residual algorithm for solving nonsymmetric linear systems.
     """
 
-    iterations: int
-    tol: float = 1e-10
-    damping: float = 0.0
     restart: int | None = None
-    preconditioner: Callable[[Tree], Tree] | Preconditioner | None = None
-
-    goes_on: ClassVar[bool] = True
-    knob: ClassVar[str | None] = "iterations"
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
         super().__post_init__()
-        check_iterations("GMRES", self.iterations)
-        check_not_negative("GMRES", tol=self.tol, damping=self.damping)
         if self.restart is not None:
             check_iterations("GMRES", self.restart, "restart")
-        take_preconditioner(self)
-
-    def prepare(self, operator: Operator) -> Callable[[Tree], Tree]:
-        """Return the preconditioner as a map.
-
-        Args:
-            operator: H.
-
-        Returns:
-            r ↦ M⁻¹r.
-        """
-        return preconditioning(self.preconditioner, operator)
 
     def compute(self, operator: Operator, prepared: Callable[[Tree], Tree], rhs: Tree, start: Tree) -> Solution:
         """Solve (H + λI) w = v; no iteration depends on data under a torch.func transform or on a GPU.

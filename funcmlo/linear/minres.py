@@ -11,15 +11,14 @@ from torch import Tensor
 
 from funcmlo import _tree
 from funcmlo._tree import Tree
-from funcmlo.linear.base import LinearSolver, Solution, may_stop
+from funcmlo.linear.base import Solution, may_stop
 from funcmlo.linear.beginning import attained, begin, damped, normalized, rounding
-from funcmlo.linear.checks import check_iterations, check_not_negative
-from funcmlo.linear.preconditioner import Preconditioner, preconditioning, take_preconditioner
+from funcmlo.linear.krylov import Krylov
 from funcmlo.operators import Operator
 
 
 @dataclass(frozen=True)
-class MINRES(LinearSolver):
+class MINRES(Krylov):
     """The w of least ‖v − (H + λI)w‖ in span{v, Hv, …, H^(K−1) v}, for symmetric H, indefinite or not.
 
     Lanczos' three-term recurrence, and one Givens rotation a step. With a preconditioner it is the norm ⟨r, M⁻¹r⟩^½ of
@@ -50,32 +49,7 @@ class MINRES(LinearSolver):
         from Choi, Paige and Saunders 2011, arXiv 1003.4042.
     """
 
-    iterations: int
-    tol: float = 1e-10
-    damping: float = 0.0
-    preconditioner: Callable[[Tree], Tree] | Preconditioner | None = None
-
     symmetric_only: ClassVar[bool] = True
-    goes_on: ClassVar[bool] = True
-    knob: ClassVar[str | None] = "iterations"
-
-    def __post_init__(self) -> None:
-        """Refuse settings out of range."""
-        super().__post_init__()
-        check_iterations("MINRES", self.iterations)
-        check_not_negative("MINRES", tol=self.tol, damping=self.damping)
-        take_preconditioner(self)
-
-    def prepare(self, operator: Operator) -> Callable[[Tree], Tree]:
-        """Return the preconditioner as a map.
-
-        Args:
-            operator: H.
-
-        Returns:
-            r ↦ M⁻¹r.
-        """
-        return preconditioning(self.preconditioner, operator)
 
     def compute(self, operator: Operator, prepared: Callable[[Tree], Tree], rhs: Tree, start: Tree) -> Solution:
         """Solve (H + λI) w = v; no iteration depends on data under a torch.func transform or on a GPU.
