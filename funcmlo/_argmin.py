@@ -85,7 +85,7 @@ def argmin(
     if unseen and response.requires == "solution" and not response.sees_step:
         warnings.warn(
             f"argmin: {type(response).__name__} looks at the solution alone, so the derivative by what only the optimizer "
-            f"reads ({listing(unseen)}) is zero; use ITD(), which follows the inner steps.",
+            f"or the projection reads ({listing(unseen)}) is zero; use ITD(), which follows the inner steps.",
             FuncmloWarning,
             stacklevel=2,
         )

@@ -22,8 +22,8 @@ def jvp_of_gradients(
 ) -> tuple[Tree, ...]:
     """Return the derivative of a cost's gradients by every argument, along a direction of one of them.
 
-    Forward mode over reverse mode: no graph of the gradients is built. For a
-    cost g(y, x) along c in y it is (∇²_yy g c, ∇²_xy g c), because second derivatives commute.
+    Forward mode over reverse mode: no graph of the gradients is built. For a cost g(y, x) along c in y it is
+    (∇²_yy g c, ∇²_xy g c), because second derivatives commute.
 
     Args:
         cost: a function of the arguments that returns (0-d tensor, anything).

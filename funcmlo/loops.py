@@ -17,12 +17,12 @@ from funcmlo.finite import Event
 from funcmlo.fold import Folded, total_gradient
 from funcmlo.graph import Graph
 from funcmlo.hypergrad.base import Requires
-from funcmlo.hypergrad.solved import Keep, Solved, Standing
+from funcmlo.hypergrad.solved import Keep, Solved, Standing, held
 from funcmlo.level import Level
 from funcmlo.problem import Problem
 from funcmlo.schedule import Loop, whole
 from funcmlo.state import State
-from funcmlo.unroll import Passage, kept
+from funcmlo.unroll import Passage
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Walk:
                 self.run(inner)
             inputs = self._inputs(name)
             if t in keep.before:
-                stays[t] = kept(self._standing(name), keep)
+                stays[t] = held(self._standing(name), keep.on_cpu)
             cost, indirect = self._update(problem, inputs, t, costs)
             costs.append(cost)
             if requires != "solution" or t in keep.before or t == loop.steps - 1:  # only then is it run again

@@ -13,7 +13,7 @@ from funcmlo import _diff, _random, _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.batches import forget
 from funcmlo.hypergrad.base import Requires
-from funcmlo.hypergrad.solved import Keep, Parts, Solved, Standing, Trajectory
+from funcmlo.hypergrad.solved import Keep, Parts, Solved, Standing, Trajectory, held
 from funcmlo.problem import Problem
 from funcmlo.signature import Call
 
@@ -82,20 +82,6 @@ class Replayed:
         return products
 
 
-def kept(standing: Standing, keep: Keep) -> Standing:
-    """Return a standing as it is kept: values only, in the CPU's memory if that is asked.
-
-    Args:
-        standing: parameters and optimizer state.
-        keep: what is asked.
-
-    Returns:
-        The standing.
-    """
-    standing = _tree.detach(standing)
-    return _tree.map_tensors(Tensor.cpu, standing) if keep.on_cpu else standing
-
-
 def run(
     problem: Problem,
     standing: Standing,
@@ -126,7 +112,7 @@ def run(
         aux: dict[str, Any] = {}
         for t in range(steps):
             if t in keep.before:
-                stays[t] = kept((y, s), keep)
+                stays[t] = held((y, s), keep.on_cpu)
             y, s, cost, aux = problem.update(y, s, inputs, t)
             if requires == "trajectory" or _tracing.transforming():
                 costs.append(cost)

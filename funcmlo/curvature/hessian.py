@@ -26,10 +26,10 @@ class Hessian(Curvature):
 
     - ``"kept"`` (the default): the graph of ∇_y g is built once and walked for every product and for the cross product;
       one product costs about one and a half gradients. Take it unless one of the others' reasons holds.
-    - ``"recompute"``: the graph is built for each product and freed: the graph is not held while the solver works, at
-      about twice the time.
-    - ``"forward"``: forward mode over reverse mode: no graph of the gradient at all, so the least memory of the exact
-      ways, at about two times the time; needs forward derivatives of everything in the loss.
+    - ``"recompute"``: the graph is built for each product and freed: two and a half gradients a product, and the graph is
+      not held while the solver works.
+    - ``"forward"``: forward mode over reverse mode: three gradients a product and no graph of the gradient, so on deep
+      networks and large batches the least memory of the exact ways; needs forward derivatives of everything in the loss.
     - ``"finite_difference"``: [∇g(y + εu) − ∇g(y − εu)] / 2ε, two gradients: for losses whose kernels have no second
       derivative; half the digits.
 

@@ -164,10 +164,8 @@ class ITD(BestResponse):
             products = columnwise(solved, cotangent, begin, first, self.chunk)
             made = _tree.size(solved.inputs) * (solved.steps - first)
             return products, state, Stats(steps=made, replayed=rewind.replayed)
-        elif self.memory == "store":
-            products = rewind.recorded(cotangent, first)
-        else:
-            products = rewind.pullback(cotangent, first)
+        take = rewind.recorded if self.memory == "store" else rewind.pullback
+        products = take(cotangent, first)
         return products, state, Stats(steps=solved.steps - first, replayed=rewind.replayed)
 
     @property

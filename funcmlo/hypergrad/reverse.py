@@ -19,7 +19,7 @@ from funcmlo import _diff, _forward, _tree, optim
 from funcmlo._tree import Tree
 from funcmlo.errors import EstimatorError
 from funcmlo.hypergrad.checkpoint import Checkpoint, Every
-from funcmlo.hypergrad.solved import Solved, Standing
+from funcmlo.hypergrad.solved import Solved, Standing, held
 
 Floats = list[Tensor]
 """The differentiable tensors of a standing."""
@@ -108,8 +108,7 @@ class Rewind:
             for t in range(first, last):
                 standing = self.solved.update(*standing, self.solved.inputs, t)
                 self.replayed += 1
-        standing = _tree.detach(standing)
-        return _tree.map_tensors(Tensor.cpu, standing) if self.on_cpu else standing
+        return held(standing, self.on_cpu)
 
     def standing(self, first: int) -> Standing:
         """Return the standing before the first step that is differentiated.

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
+from funcmlo import _tree
 from funcmlo._tree import Tree
 
 Standing = tuple[Tree, Tree]
@@ -30,6 +31,20 @@ class Keep:
     def __or__(self, other: Keep) -> Keep:
         """Return what both ask for."""
         return Keep(self.before | other.before, self.on_cpu or other.on_cpu)
+
+
+def held(standing: Standing, on_cpu: bool) -> Standing:
+    """Return a standing as it is kept.
+
+    Args:
+        standing: parameters and optimizer state.
+        on_cpu: whether it is moved to the CPU's memory.
+
+    Returns:
+        Its values, cut from any graph.
+    """
+    standing = _tree.detach(standing)
+    return _tree.map_tensors(Tensor.cpu, standing) if on_cpu else standing
 
 
 class Trajectory(Protocol):
