@@ -1,5 +1,6 @@
 """funcmlo: hypergradients through multilevel optimization problems, stateless, on torch.func and torchopt."""
 
+from funcmlo import testing
 from funcmlo._argmin import argmin
 from funcmlo._fixed_point import fixed_point
 from funcmlo.curvature import Curvature, Damped, FixedPoint, GaussNewton, Hessian, Resampled
@@ -103,4 +104,5 @@ __all__ = [
     "Stats",
     "argmin",
     "fixed_point",
+    "testing",
 ]

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "funcmlo"
 ORDER = [
     "errors",
     "describe",
+    "assumptions",
     "_tree",
     "_random",
     "_tracing",
@@ -98,6 +99,10 @@ ORDER = [
     "loops",
     "nested",
     "multilevel",
+    "testing.known",
+    "testing.quadratic",
+    "testing.by_hand",
+    "testing",
     "",
 ]
 

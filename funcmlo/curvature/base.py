@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from funcmlo._tree import Tree
+from funcmlo.assumptions import Assumption
 from funcmlo.hypergrad.solved import Solved
 from funcmlo.operators import Operator
 
@@ -25,6 +26,8 @@ class Curvature(ABC):
     The operator is good inside `body` only, so that it works inside torch.func transforms too.
     """
 
+    assumes: ClassVar[frozenset[Assumption]] = frozenset({"minimization"})
+    """What it asks of a problem."""
     exact: ClassVar[bool] = True
     """Whether it is the derivative of the condition itself, to rounding."""
     symmetric: ClassVar[bool] = True

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from funcmlo import _diff, _tree
 from funcmlo._tree import Tree
+from funcmlo.assumptions import Assumption
 from funcmlo.curvature.base import Body, Curvature
 from funcmlo.curvature.cross import gradient
 from funcmlo.curvature.hessian import Hessian
@@ -56,6 +57,7 @@ class FixedPoint(Curvature):
     """
 
     symmetric: ClassVar[bool] = False
+    assumes: ClassVar[frozenset[Assumption]] = frozenset()
     sees_step: ClassVar[bool] = True
 
     def within(self, solved: Solved, cotangent: Tree, body: Body, *, transpose: bool = False) -> Tree:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funcmlo import _diff, _tree
 from funcmlo._tree import Tree
+from funcmlo.assumptions import Assumption
 from funcmlo.curvature.base import Body, Curvature
 from funcmlo.curvature.cross import check_loss, mixed_product
 from funcmlo.errors import DefinitionError, EstimatorError, LossError
@@ -59,6 +60,7 @@ class GaussNewton(Curvature):
 
     exact: ClassVar[bool] = False
     total: ClassVar[bool] = False
+    assumes: ClassVar[frozenset[Assumption]] = frozenset({"minimization", "its own level"})
 
     def __post_init__(self) -> None:
         """Read the signatures."""

@@ -60,6 +60,7 @@ class Hessian(Curvature):
             )
         object.__setattr__(self, "differentiable", self.products == "kept")
         object.__setattr__(self, "total", self.products != "forward")  # a solution has no forward-mode derivative
+        object.__setattr__(self, "assumes", frozenset() if self.products == "kept" else frozenset({"minimization"}))
         object.__setattr__(self, "exact", self.products != "finite_difference")
 
     def within(self, solved: Solved, cotangent: Tree, body: Body, *, transpose: bool = False) -> Tree:

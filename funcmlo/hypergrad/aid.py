@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from funcmlo import _diff, _tracing, _tree
 from funcmlo._tree import Tree
+from funcmlo.assumptions import Assumption
 from funcmlo.curvature import Curvature, FixedPoint, Hessian
 from funcmlo.curvature.base import Cross
 from funcmlo.curvature.cross import check_loss, mixed_difference
@@ -147,7 +148,13 @@ class AID(BestResponse):
             and curvature.differentiable
             and exact_cross,
             vmap=solver.vmap,
+            assumes=self._assumes(),
         )
+
+    def _assumes(self) -> frozenset[Assumption]:
+        """What the parts ask of a problem."""
+        by_loss: set[Assumption] = {"minimization"} if self.solver.symmetric_only or self.cross != "autodiff" else set()
+        return self.solver.assumes | self._curvature.assumes | by_loss
 
     def init(self, params: Tree) -> Any:
         """Return where the first solve starts, with a warm start; else None.

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from funcmlo import _tracing
 from funcmlo._tree import Tree
+from funcmlo.assumptions import Assumption
 from funcmlo.describe import compact
 from funcmlo.errors import EstimatorError
 from funcmlo.hypergrad.solved import Keep, Solved
@@ -33,6 +34,7 @@ class Claims:
         knob: the field whose limit takes it to its target, such as ``"iterations"``; None without one.
         differentiable: whether its answer can be differentiated again, as `composition="nested"` and nested `argmin` do.
         vmap: whether it works on programs mapped by `torch.func.vmap`.
+        assumes: what it asks of a problem; where a problem does not meet it, it is held to nothing.
     """
 
     target: Target = "implicit"
@@ -41,6 +43,7 @@ class Claims:
     knob: str | None = None
     differentiable: bool = False
     vmap: bool = True
+    assumes: frozenset[Assumption] = frozenset({"minimization", "positive definite"})
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class FiniteDifference(BestResponse):
     scale: float | None = None
 
     requires: ClassVar[Requires] = "solution"
-    claims: ClassVar[Claims] = Claims(target="identity", exact=False, knob="scale")
+    claims: ClassVar[Claims] = Claims(target="identity", exact=False, knob="scale", assumes=frozenset({"minimization"}))
 
     def __post_init__(self) -> None:
         """Refuse a step that is not positive."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, ClassVar, Literal
 
@@ -82,7 +82,7 @@ class ITD(BestResponse):
     chunk: int | None = None
 
     requires: ClassVar[Requires] = "trajectory"
-    claims: ClassVar[Claims] = Claims(target="unrolled", differentiable=True)
+    claims: ClassVar[Claims] = Claims(target="unrolled", differentiable=True, assumes=frozenset())
     sees_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -109,9 +109,8 @@ class ITD(BestResponse):
         if not self.in_the_open:
             object.__setattr__(self, "requires", "replay")
             windowed = self.window is not None
-            object.__setattr__(
-                self, "claims", Claims(target="unrolled", exact=not windowed, knob="window" if windowed else None)
-            )
+            knob = "window" if windowed else None
+            object.__setattr__(self, "claims", replace(self.claims, differentiable=False, exact=not windowed, knob=knob))
 
     @property
     def follows_start(self) -> bool:

@@ -40,7 +40,7 @@ class OneStep(BestResponse):
     """
 
     requires: ClassVar[Requires] = "solution"
-    claims: ClassVar[Claims] = Claims(target="step")
+    claims: ClassVar[Claims] = Claims(target="step", assumes=frozenset())
     sees_step: ClassVar[bool] = True
     uses_optimizer: ClassVar[bool] = True
 

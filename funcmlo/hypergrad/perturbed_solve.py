@@ -82,7 +82,7 @@ class PerturbedSolve(BestResponse):
     chunk: int | None = None
 
     requires: ClassVar[Requires] = "replay"
-    claims: ClassVar[Claims] = Claims(target="unrolled", exact=False, stochastic=True, knob="samples")
+    claims: ClassVar[Claims] = Claims(target="unrolled", exact=False, stochastic=True, knob="samples", assumes=frozenset())
 
     def __post_init__(self) -> None:
         """Refuse settings without a meaning."""

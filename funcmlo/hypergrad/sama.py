@@ -52,7 +52,7 @@ class SAMA(BestResponse):
     scale: float | None = None
 
     requires: ClassVar[Requires] = "solution"
-    claims: ClassVar[Claims] = Claims(target="step", exact=False, knob="scale")
+    claims: ClassVar[Claims] = Claims(target="step", exact=False, knob="scale", assumes=frozenset({"minimization"}))
     uses_optimizer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funcmlo import _tracing, _tree
 from funcmlo._tree import Tree
+from funcmlo.assumptions import Assumption
 from funcmlo.errors import DefinitionError, EstimatorError
 from funcmlo.operators import Operator
 
@@ -84,6 +85,8 @@ class LinearSolver(ABC):
     """Whether it works on problems mapped by `torch.func.vmap`."""
     exact: ClassVar[bool] = True
     """Whether its answer reaches H⁻¹v to rounding with ordinary settings (else to its knob's accuracy)."""
+    assumes: ClassVar[frozenset[Assumption]] = frozenset({"positive definite"})
+    """What it asks of H."""
     knob: ClassVar[str | None] = None
     """The field whose limit takes its answer to H⁻¹v."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from funcmlo import _tree
 from funcmlo._tree import Tree
+from funcmlo.assumptions import Assumption
 from funcmlo.errors import DefinitionError
 from funcmlo.linear.base import LinearSolver, Solution
 from funcmlo.linear.checks import check_iterations
@@ -37,6 +39,8 @@ class Direct(LinearSolver):
     """
 
     max_size: int = 20_000
+
+    assumes: ClassVar[frozenset[Assumption]] = frozenset({"nonsingular"})
 
     def __post_init__(self) -> None:
         """Refuse a limit that nothing fits."""

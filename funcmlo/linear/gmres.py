@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from funcmlo import _tree
 from funcmlo._tree import Tree
+from funcmlo.assumptions import Assumption
 from funcmlo.linear.base import Solution, may_stop
 from funcmlo.linear.beginning import attained, begin, damped, normalized, rounding
 from funcmlo.linear.checks import check_iterations
@@ -49,6 +51,8 @@ class GMRES(Krylov):
     """
 
     restart: int | None = None
+
+    assumes: ClassVar[frozenset[Assumption]] = frozenset({"nonsingular"})
 
     def __post_init__(self) -> None:
         """Refuse settings out of range."""

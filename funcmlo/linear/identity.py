@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from funcmlo import _tree
 from funcmlo._tree import Tree
+from funcmlo.assumptions import Assumption
 from funcmlo.linear.base import LinearSolver, Solution
 from funcmlo.linear.checks import check_positive
 from funcmlo.operators import Operator
@@ -39,6 +40,7 @@ class Identity(LinearSolver):
     scale: float = 1.0
 
     uses_operator: ClassVar[bool] = False
+    assumes: ClassVar[frozenset[Assumption]] = frozenset()
     inverts: ClassVar[bool] = False
     exact: ClassVar[bool] = False
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from funcmlo import _tracing, _tree
 from funcmlo._tree import Tree
+from funcmlo.assumptions import Assumption
 from funcmlo.errors import DefinitionError, EstimatorError, listing
 from funcmlo.linear.base import LinearSolver, Solution
 from funcmlo.linear.checks import check_iterations, check_not_negative
@@ -95,6 +96,7 @@ class KFAC(LinearSolver, Preconditioner):
     _data: Call = field(init=False, repr=False)
 
     symmetric_only: ClassVar[bool] = True
+    assumes: ClassVar[frozenset[Assumption]] = frozenset({"its own level"})
     uses_operator: ClassVar[bool] = False
     differentiable: ClassVar[bool] = False
     vmap: ClassVar[bool] = False

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funcmlo import _tree
 from funcmlo._tree import Tree
+from funcmlo.assumptions import Assumption
 from funcmlo.linear.base import Solution, may_stop
 from funcmlo.linear.beginning import attained, begin, damped, normalized, rounding
 from funcmlo.linear.krylov import Krylov
@@ -50,6 +51,7 @@ class MINRES(Krylov):
     """
 
     symmetric_only: ClassVar[bool] = True
+    assumes: ClassVar[frozenset[Assumption]] = frozenset({"nonsingular"})
 
     def compute(self, operator: Operator, prepared: Callable[[Tree], Tree], rhs: Tree, start: Tree) -> Solution:
         """Solve (H + λI) w = v; no iteration depends on data under a torch.func transform or on a GPU.

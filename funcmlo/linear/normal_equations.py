@@ -9,6 +9,7 @@ import torch
 
 from funcmlo import _tree
 from funcmlo._tree import Tree
+from funcmlo.assumptions import Assumption
 from funcmlo.errors import DefinitionError
 from funcmlo.linear.base import LinearSolver, Solution
 from funcmlo.linear.checks import check_not_negative
@@ -49,6 +50,7 @@ class NormalEquations(LinearSolver):
     tol: float = 1e-3
 
     needs_transpose: ClassVar[bool] = True
+    assumes: ClassVar[frozenset[Assumption]] = frozenset({"nonsingular"})
 
     def __post_init__(self) -> None:
         """Refuse what is no linear solver."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from funcmlo import _tree
 from funcmlo._tree import Tree
+from funcmlo.assumptions import Assumption
 from funcmlo.errors import EstimatorError
 from funcmlo.linear.base import LinearSolver, Solution
 from funcmlo.linear.checks import check_positive
@@ -46,6 +47,7 @@ class OptimizerIdentity(LinearSolver, Preconditioner):
     scale: float = 1.0
 
     uses_operator: ClassVar[bool] = False
+    assumes: ClassVar[frozenset[Assumption]] = frozenset()
     inverts: ClassVar[bool] = False
     differentiable: ClassVar[bool] = False
     exact: ClassVar[bool] = False

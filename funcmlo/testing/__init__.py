@@ -1,0 +1,7 @@
+"""Proving a hypergradient right: oracles, problems whose answer is known, and the checks of an estimator."""
+
+from funcmlo.testing.by_hand import solved
+from funcmlo.testing.known import Bilevel, Known
+from funcmlo.testing.quadratic import Quadratic
+
+__all__ = ["Bilevel", "Known", "Quadratic", "solved"]
