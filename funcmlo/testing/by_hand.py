@@ -9,6 +9,7 @@ import torchopt
 from torch import Tensor
 
 from funcmlo._tree import Tree
+from funcmlo.batches import Feed
 from funcmlo.hypergrad.base import BestResponse
 from funcmlo.hypergrad.solved import Solved
 from funcmlo.level import Level
@@ -25,7 +26,7 @@ def solved(
     optimizer: Any = None,
     steps: int = 0,
     *,
-    batches: Callable[[int], Any] | None = None,
+    batches: Feed | None = None,
     opt_state: Tree = None,
     seed: int = 0,
 ) -> Solved:
@@ -38,7 +39,7 @@ def solved(
         response: the estimator, which says what is to be kept of the loop.
         optimizer: a torchopt transformation; gradient descent of rate 1 without one.
         steps: inner steps.
-        batches: the batch of each step, by its number.
+        batches: the batch of each step, a function of its number `t`.
         opt_state: the optimizer's state at the start; None for its first.
         seed: of a loss's random draws.
 
@@ -66,6 +67,7 @@ def solved(
     reads = {name: name for name in names}
     chosen = batched if batches else cost
     level = Level("lower", chosen, optimizer or torchopt.sgd(1.0), steps=steps, response=response, reads=reads)
-    problem = Problem(level, batches or no_batch, seed=seed, first=0)
+    feed = batches or no_batch
+    problem = Problem(level, feed, seed=seed, first=0)
     standing = (params, level.optimizer_for(inputs).init(params) if opt_state is None else opt_state)
     return run(problem, standing, inputs, steps, response.requires, response.keep(steps)).solved
