@@ -63,12 +63,12 @@ class BestResponse(ABC):
         ...     claims = fm.Claims(target="identity")
         ...     def vjp(self, solved, cotangent, state):
         ...         def inner_gradient(inputs):
-        ...             return torch.func.grad(lambda y: solved.loss(y, inputs))(solved.params)
+        ...             return torch.func.grad(lambda y: -solved.loss(y, inputs))(solved.params)
         ...         _, pullback = torch.func.vjp(inner_gradient, solved.inputs)
-        ...         (product,) = pullback(cotangent)
-        ...         return {name: -x for name, x in product.items()}, state, fm.Stats(hvps=1)
-        >>> Identity()
-        Identity()
+        ...         (products,) = pullback(cotangent)
+        ...         return products, state, fm.Stats(hvps=1)
+        >>> fm.testing.check_estimator(Identity()).passed
+        True
     """
 
     requires: ClassVar[Requires] = "solution"

@@ -13,10 +13,10 @@ from funcmlo import _tree
 from funcmlo._tree import Tree
 from funcmlo.assumptions import Assumption
 from funcmlo.operators import ravel, unravel
-from funcmlo.testing.known import Bilevel
+from funcmlo.testing.known import Bilevel, normals, until_converged
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Quadratic(Bilevel):
     """g(y, x) = ½ yᵀAy − yᵀBx, so y* = A⁻¹Bx and Jᵀv = BᵀA⁻¹v; f(x, y) = Σ sin y + ½ ‖x‖².
 
@@ -44,11 +44,7 @@ class Quadratic(Bilevel):
 
     @cached_property
     def _drawn(self) -> tuple[Tensor, Tensor, Tree, Tree]:
-        generator = torch.Generator().manual_seed(self.seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
+        normal = normals(self.seed)
         n, m = _tree.size(self.y_like), _tree.size(self.x_like)
         q = torch.linalg.qr(normal(n, n))[0] if n else torch.zeros(0, 0, dtype=torch.float64)
         a = q @ torch.diag(torch.logspace(0, -1, n, base=self.condition, dtype=torch.float64)) @ q.T
@@ -75,9 +71,9 @@ class Quadratic(Bilevel):
         return self._drawn[3]
 
     @property
-    def steps(self) -> int:  # type: ignore[override]
+    def steps(self) -> int:
         """Steps that leave (1 − 1/condition)^steps ≈ 1e-14 of the start's distance."""
-        return max(2, int(32.3 * self.condition))
+        return until_converged(1 - 1 / self.condition)
 
     def inner(self, y: Tree, x: Tree) -> Tensor:
         """Return g(y, x)."""
