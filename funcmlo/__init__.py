@@ -3,6 +3,7 @@
 from funcmlo import testing
 from funcmlo._argmin import argmin
 from funcmlo._fixed_point import fixed_point
+from funcmlo._probe import probe
 from funcmlo.curvature import Curvature, Damped, FixedPoint, GaussNewton, Hessian, Resampled
 from funcmlo.errors import (
     BatchError,
@@ -47,6 +48,7 @@ from funcmlo.linear import (
 )
 from funcmlo.multilevel import Multilevel
 from funcmlo.operators import Operator
+from funcmlo.probing.outcome import Probe
 from funcmlo.schedule import Schedule
 from funcmlo.solver import Solver
 from funcmlo.state import State
@@ -95,6 +97,7 @@ __all__ = [
     "ParameterError",
     "Penalty",
     "PerturbedSolve",
+    "Probe",
     "Resampled",
     "Schedule",
     "Solved",
@@ -104,5 +107,6 @@ __all__ = [
     "Stats",
     "argmin",
     "fixed_point",
+    "probe",
     "testing",
 ]

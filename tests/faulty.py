@@ -141,6 +141,14 @@ class DiagonalBlocks(CG):
         return _tree.add_scaled(_tree.unflatten(structure, rows), self.damping, u)
 
 
+class Cancelling(CG):
+    """Hu as a difference of u and a gradient step on it."""
+
+    def product(self, solved: fm.Solved, u: Any) -> Any:
+        stepped = _tree.add_scaled(u, -0.1, super().product(solved, u))
+        return _tree.scale(10.0, _tree.subtract(u, stepped))
+
+
 class CrossAtTheStart(CG):
     def cross(self, solved: fm.Solved, w: Any) -> Products:
         return cross(solved, w, at=solved.init[0])
@@ -358,6 +366,7 @@ FAULTS: dict[str, tuple[Callable[[], fm.BestResponse], str]] = {
     "the iterate before the converged one": (IterateBefore, "converged_iterate"),
     "a damping applied twice": (DampedTwice, "damping"),
     "diagonal blocks alone": (DiagonalBlocks, "coupled_blocks"),
+    "products that cancel in float32": (Cancelling, "cancels_in_float32"),
     "a cross term at the start": (CrossAtTheStart, "cross_term_at_the_start"),
     "an off-by-one in the unroll": (OffByOne, "steps_counted"),
     "a dropped optimizer state": (DroppedState, "optimizer_state"),

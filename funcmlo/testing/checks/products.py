@@ -126,6 +126,25 @@ def several_inputs(examined: Examined) -> Finding:
     return Finding(float(_tree.norm(products["z"])), 0.0, "the cotangent of an input that the cost does not read is not 0")
 
 
+def _inexact(examined: Examined) -> str | None:
+    return None if examined.claims.exact else "it does not claim to be exact"
+
+
+@check(any_level, settled, _inexact)
+def cancels_in_float32(examined: Examined) -> Finding:
+    """A cost of size 1e-5 in float32: the answer to it keeps float32's digits, and nothing larger is subtracted on the way."""
+    small, single = 1e-5, torch.float32
+    a, b = small * symmetric(3, 3.0, examined.seed), small * cross(3, 2, examined.seed)
+    problem = Matrices(a, b, y_like=torch.zeros(3, dtype=single), x_like=torch.zeros(2, dtype=single))
+    v = normal(problem.params_space, examined.seed + 1)
+    examined = examined.converged
+    answer, expected = examined.answer(problem, v), examined.target(problem, v)
+    # float32's ε of 1.2e-7 times the condition and some hundred operations, with a factor of ten to spare
+    told = "digits are lost: is a small product formed as the difference of two large ones?"
+    found = judged(examined, answer, expected, 3.0, told)
+    return Finding(found.error, max(found.allowed, 1e-3), told)
+
+
 @check(any_level, settled)
 def linear_in_the_cotangent(examined: Examined) -> Finding:
     """L(u − 3v) = L(u) − 3 L(v), and L(1000 u) = 1000 L(u)."""
@@ -160,5 +179,6 @@ CHECKS: tuple[Check, ...] = (
     converged_iterate,
     coupled_blocks,
     several_inputs,
+    cancels_in_float32,
     linear_in_the_cotangent,
 )

@@ -1,0 +1,1 @@
+"""Asking a cost which derivatives it has: what `fm.probe` does."""
