@@ -5,5 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 Assumption = Literal["minimization", "positive definite", "nonsingular", "its own level"]
-"""That y* minimizes a cost g (it is no fixed point); that ∇²_yy g is positive definite there; that the Jacobian of the
-condition that y* meets is nonsingular; that it is the very level that the estimator was made for."""
+"""What each says:
+
+- "minimization": the condition that y* meets is ∇_y g = 0 of a cost g, so that its Jacobian is the symmetric ∇²_yy g; y* is
+  no fixed point of a map. It need not be a minimum.
+- "positive definite": that Hessian is positive definite, so y* is a strict minimum.
+- "nonsingular": the Jacobian of the condition, of whatever kind, is nonsingular.
+- "its own level": the problem is the very level that the estimator was made for.
+"""

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 import torchopt
-from hypothesis import strategies as st
 from torch import Tensor
 
 import funcmlo as fm
 from funcmlo import _tree
 from funcmlo.operators import ravel, unravel
 from funcmlo.problem import Problem
+from funcmlo.testing.strategies import trees
 from funcmlo.unroll import run
 
 # name -> estimator from (largest eigenvalue of the lower Hessian, number of lower parameters)
@@ -96,19 +96,7 @@ STRUCTURES: dict[str, Callable[[], object]] = {
 }
 
 
-def structures(dtypes: tuple[torch.dtype, ...] = (torch.float64,)) -> st.SearchStrategy[object]:
-    """Draw random trees of zeros: dicts, lists and tuples, 0-d and empty leaves, mixed dtypes."""
-    shapes = st.lists(st.integers(0, 3), max_size=2).map(tuple)
-    leaf = st.builds(lambda shape, dtype: torch.zeros(shape, dtype=dtype), shapes, st.sampled_from(dtypes))
-    return st.recursive(
-        leaf,
-        lambda children: (
-            st.dictionaries(st.sampled_from("abc"), children, max_size=3)
-            | st.lists(children, max_size=3)
-            | st.tuples(children, children)
-        ),
-        max_leaves=4,
-    )
+structures = trees
 
 
 @dataclass(frozen=True)

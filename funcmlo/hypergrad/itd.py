@@ -109,8 +109,15 @@ class ITD(BestResponse):
         if not self.in_the_open:
             object.__setattr__(self, "requires", "replay")
             windowed = self.window is not None
-            knob = "window" if windowed else None
-            object.__setattr__(self, "claims", replace(self.claims, differentiable=False, exact=not windowed, knob=knob))
+            mixed = self.memory == "mixed" or (isinstance(self.memory, Checkpoint) and self.memory.mixed)
+            claims = replace(
+                type(self).claims,
+                differentiable=False,
+                exact=not windowed,
+                knob="window" if windowed else None,
+                assumes=frozenset({"minimization"} if mixed else ()),  # it takes steps apart into gradient and update
+            )
+            object.__setattr__(self, "claims", claims)
 
     @property
     def follows_start(self) -> bool:

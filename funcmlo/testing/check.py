@@ -16,12 +16,29 @@ from funcmlo.multilevel import Multilevel
 from funcmlo.testing.checks.base import Check
 from funcmlo.testing.checks.every import CHECKS
 from funcmlo.testing.checks.known import known_checks
+from funcmlo.testing.classics import Mirrlees, MitsosBarton
+from funcmlo.testing.equilibrium import Equilibrium
 from funcmlo.testing.examined import Examined
 from funcmlo.testing.known import Known
+from funcmlo.testing.network import Network
 from funcmlo.testing.outcome import Outcome, Report
 from funcmlo.testing.quadratic import Quadratic
+from funcmlo.testing.regression import LogisticRegression, Ridge
+from funcmlo.testing.saddle import Saddle
+from funcmlo.testing.singular import SingularHessian
 
-DEFAULT: tuple[Known, ...] = (Quadratic(condition=10.0),)
+PROBLEMS: tuple[Known, ...] = (
+    Quadratic(condition=10.0),
+    Ridge(),
+    LogisticRegression(),
+    Network(seed=8),
+    SingularHessian(),
+    Saddle(),
+    Equilibrium(),
+    MitsosBarton(),
+    Mirrlees(),
+)
+"""Those of the known problems whose hypergradient shows the response, and that take no more than a moment."""
 
 
 def check_estimator(
@@ -131,7 +148,7 @@ def _known(problems: Sequence[Known] | None) -> tuple[Check, ...]:
             raise DefinitionError(
                 f"problems={listing(type(p).__name__ for p in problems or ())}; expected instances of fm.testing.Known."
             )
-    return known_checks(DEFAULT) if problems is None else known_checks(problems, own=True)
+    return known_checks(PROBLEMS) if problems is None else known_checks(problems, own=True)
 
 
 def _chosen(names: Sequence[str] | None, checks: Sequence[Check]) -> Sequence[Check]:

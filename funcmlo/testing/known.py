@@ -25,7 +25,7 @@ from funcmlo.level import Level
 from funcmlo.multilevel import Multilevel
 from funcmlo.operators import ravel, unravel
 from funcmlo.state import State
-from funcmlo.testing.code import Written
+from funcmlo.testing.written import Written
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -141,6 +141,12 @@ def normals(seed: int) -> Callable[..., Tensor]:
     """Return `normal(*shape)`, which draws standard normal numbers in float64, the same whenever it is begun again."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def linear_solve(a: Tensor, b: Tensor) -> Tensor:
+    """Return A⁻¹b of a dense matrix."""
+    answer: Tensor = torch.linalg.solve(a, b)
+    return answer
 
 
 def until_converged(factor: float) -> int:

@@ -86,8 +86,8 @@ class Quadratic(Bilevel):
 
     def solution(self) -> Tree:
         """Return y*(x) to rounding."""
-        return unravel(torch.linalg.solve(self.a, self.b @ ravel(self.x)), self.y_like)
+        return unravel(torch.linalg.solve(self.a, self.b @ ravel(self.x).double()), self.y_like)
 
     def response(self, v: Tree) -> Tree:
         """Return Jᵀv, a tree like x."""
-        return unravel(self.b.T @ torch.linalg.solve(self.a, ravel(v)), self.x_like)
+        return unravel(self.b.T @ torch.linalg.solve(self.a, ravel(v).double()), self.x_like)

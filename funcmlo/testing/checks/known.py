@@ -29,10 +29,10 @@ def known_checks(problems: Sequence[Known], *, own: bool = False) -> tuple[Check
         The checks.
     """
 
-    def one(problem: Known) -> Check:
-        return Check(f"known_{problem.name}", lambda e: known(e, problem), lambda e: _skip(e, problem, own))
+    def one(problem: Known, name: str) -> Check:
+        return Check(name, lambda e: known(e, problem), lambda e: _skip(e, problem, own))
 
-    return tuple(one(problem) for problem in problems)
+    return tuple(one(problem, name) for problem, name in zip(problems, _names(problems), strict=True))
 
 
 def known(examined: Examined, problem: Known) -> Finding:
@@ -54,13 +54,24 @@ def known(examined: Examined, problem: Known) -> Finding:
     return Finding(distance(answer.value, expected), allowed, message)
 
 
+def _names(problems: Sequence[Known]) -> list[str]:
+    """A name for each problem; of several of one class, the later ones are numbered."""
+    names: list[str] = []
+    for problem in problems:
+        name, same = f"known_{problem.name}", sum(other.startswith(f"known_{problem.name}") for other in names)
+        names.append(f"{name}_{same + 1}" if same else name)
+    return names
+
+
 def _by_program(examined: Examined, problem: Bilevel) -> tuple[Tree, Stats | None]:
-    """The hypergradient by a program whose inner cost is scaled so that gradient descent of rate 1 converges."""
+    """The hypergradient by a program whose inner cost is scaled so that descent of rate 1 converges, if any does."""
 
     def scaled(y: Tree, x: Tree) -> Tree:
         return problem.rate * problem.inner(y, x)
 
-    lower = Level("y", scaled, torchopt.sgd(1.0), steps=problem.steps, response=examined.estimator)
+    plain = type(problem).optimizer is Bilevel.optimizer
+    cost, optimizer = (scaled, torchopt.sgd(1.0)) if plain else (problem.inner, problem.optimizer)
+    lower = Level("y", cost, optimizer, steps=problem.steps, response=examined.estimator)
     program = Multilevel(lower, Level("x", problem.outer, torchopt.sgd(0.1)))
     state = program.init({"y": problem.start, "x": problem.x})
     if examined.hypergradient is not Multilevel.hypergradient:

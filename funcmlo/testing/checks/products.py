@@ -132,7 +132,7 @@ def _inexact(examined: Examined) -> str | None:
 
 @check(any_level, settled, _inexact)
 def cancels_in_float32(examined: Examined) -> Finding:
-    """A cost of size 1e-5 in float32: the answer to it keeps float32's digits, and nothing larger is subtracted on the way."""
+    """A cost of size 1e-5 in float32: the answer keeps float32's digits, and nothing larger is subtracted on the way."""
     small, single = 1e-5, torch.float32
     a, b = small * symmetric(3, 3.0, examined.seed), small * cross(3, 2, examined.seed)
     problem = Matrices(a, b, y_like=torch.zeros(3, dtype=single), x_like=torch.zeros(2, dtype=single))
