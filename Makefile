@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test test-thorough bench bench-memory bench-long bench-warm lint clean
+.PHONY: help demo peers test test-thorough bench bench-memory bench-long bench-warm lint clean
 
 help:  ## Say what can be made.
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -11,6 +11,11 @@ help:  ## Say what can be made.
 demo: $(INSTALLED)  ## Clean a noisy real data set by bilevel optimization (under three minutes).
 	@echo "==> cleaning scikit-learn's digits, half of whose training labels are made wrong"
 	$(BIN)/python -m paper_repro run hypercleaning --preset cpu --seeds 3 --out results/demo
+
+peers: $(INSTALLED)  ## Install the peer libraries and hold their hypergradients against known answers (minutes).
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --ignore-requires-python \
+	  -r paper_repro/peers_correctness/requirements.txt
+	$(BIN)/python -m paper_repro run peers-correctness --seeds 3
 
 test: $(INSTALLED)  ## Run the tests and the examples of the docstrings and the pages.
 	@echo "==> running the tests (HYPOTHESIS_PROFILE=thorough draws more examples)"

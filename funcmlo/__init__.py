@@ -2,8 +2,10 @@
 
 from funcmlo import testing
 from funcmlo._argmin import argmin
+from funcmlo._compare import compare
 from funcmlo._fixed_point import fixed_point
 from funcmlo._probe import probe
+from funcmlo.comparing.comparison import Comparison
 from funcmlo.curvature import Curvature, Damped, FixedPoint, GaussNewton, Hessian, Resampled
 from funcmlo.errors import (
     BatchError,
@@ -68,6 +70,7 @@ __all__ = [
     "BestResponse",
     "Checkpoint",
     "Claims",
+    "Comparison",
     "Curvature",
     "Damped",
     "DefinitionError",
@@ -106,6 +109,7 @@ __all__ = [
     "Stateless",
     "Stats",
     "argmin",
+    "compare",
     "fixed_point",
     "probe",
     "testing",

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcmlo import _tracing, _tree, unroll
+from funcmlo import _diff, _tracing, _tree, unroll
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed, forget
 from funcmlo.finite import Event
@@ -95,22 +95,41 @@ class Walk:
         Returns:
             The total gradient.
         """
-        if loop is not None and loop.steps and loop.begins_before:
-            self.begin(name)
-        for inner in loop.first if loop is not None else ():
-            self.run(inner)
-        if loop is not None and loop.steps and not loop.begins_before:
-            self.begin(name)
+        self._arrive(name, loop)
         for lower in solved if loop is None else ():
             self.solved[lower] = unroll.run(self.problem(lower), self._standing(lower), self._inputs(lower), 0).solved
         folded = self._fold(self.problem(name), 0)
         self._note(name, [folded.cost], None, folded)
         return folded
 
+    def cost(self, name: str, loop: Loop | None) -> Tensor:
+        """Return the cost of a level at its next step, as its optimizer sees it; nothing is updated.
+
+        Args:
+            name: the level.
+            loop: the loop whose first step that is; without one all levels are taken where they stand.
+
+        Returns:
+            The cost.
+        """
+        self._arrive(name, loop)
+        cost = next_cost(self.problem(name), self.state.params[name], self._inputs(name))
+        self._note(name, [cost], None, None)
+        return cost
+
     def problem(self, name: str) -> Problem:
         """Return a level with its batches and its randomness bound, at its next step."""
         feed = self.feeds.get(name, no_batch)  # of a level that only begins, no batch is asked
         return Problem(self.levels[name], feed, self.state.seed, self.state.step[name])
+
+    def _arrive(self, name: str, loop: Loop | None) -> None:
+        """Take a level to the first update of its loop: where it begins, the levels below solved."""
+        if loop is not None and loop.steps and loop.begins_before:
+            self.begin(name)
+        for inner in loop.first if loop is not None else ():
+            self.run(inner)
+        if loop is not None and loop.steps and not loop.begins_before:
+            self.begin(name)
 
     def _loop(self, loop: Loop, requires: Requires, keep: Keep = Keep()) -> None:
         name = loop.level
@@ -229,6 +248,13 @@ class Walk:
             self.events.append(Event(name, costs, moved))
         else:
             self.events.append(Event(name, costs[-1:], moved, _tree.finite(folded.gradient), folded.plain_stats()))
+
+
+def next_cost(problem: Problem, params: Tree, inputs: dict[str, Tree]) -> Tensor:
+    """Return a level's cost at its next step as a plain value; inside, the loss may take gradients, as in an update."""
+    value, _, _ = _diff.vjp(lambda own, x: problem.cost(own, x, 0), [params, inputs])
+    cost: Tensor = value
+    return cost
 
 
 def no_batch(t: int) -> None:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from funcmlo import _tracing, _tree, finite
 from funcmlo._tree import Tree
@@ -155,15 +156,11 @@ class Multilevel:
         Raises:
             FuncmloError: as for `step`; besides, an iterator is refused.
         """
-        self.graph.check(of)
-        before, own = self._schedule.before(of) if solve else ((), Loop(of, 1))
+        before, own, running = self._ahead(of, solve)
         solved = [name for name in self.graph.levels if of in self._users[name]]
-        loops = [item for item in (*before, *own.first) if isinstance(item, Loop)]
-        running = {of, *solved}.union(*(loop.levels() for loop in loops))
-        work = self._begin(running, state, batches, pure=True, solve=solve)
+        work = self._begin(running | {*solved}, state, batches, pure=True, solve=solve)
         with _unchanged(state, batches), torch.no_grad():
-            for item in before:
-                work.begin(item) if isinstance(item, str) else work.run(item)
+            _advance(work, before)
             if isinstance(work, Nest):
                 folded = work.hypergradient(of, begin=solve and own.steps > 0)
             else:
@@ -171,9 +168,58 @@ class Multilevel:
         finite.check(work.events)
         return (folded.gradient, folded.plain_stats()) if with_stats else folded.gradient
 
+    def cost(self, state: State, batches: Mapping[str, Any], *, of: str, solve: bool = True) -> Tensor:
+        """Return the cost that level `of` would pay at its next update in `step`; nothing is updated.
+
+        As a function of `state.params[of]` it is what `hypergradient` is the derivative of, where the response is exact; a
+        level with `maximize=True` has its cost with the sign of its loss, and its hypergradient with the other one.
+
+        Args:
+            state: where the program stands; it is not changed.
+            batches: as for `hypergradient`.
+            of: the level's name.
+            solve: whether the lower levels make their inner steps first.
+
+        Returns:
+            The cost, a 0-d tensor.
+
+        Raises:
+            FuncmloError: as for `hypergradient`.
+
+        Example:
+            One step of rate 1/2 from 0 takes y to 1/2, which costs (1/2 − 1)²:
+
+            >>> import torch, torchopt, funcmlo as fm
+            >>> program = Multilevel(
+            ...     fm.Level("y", lambda y, x: ((y - x) ** 2).sum() / 2, torchopt.sgd(0.5), response=fm.ITD()),
+            ...     fm.Level("x", lambda x, y: ((y - 1) ** 2).sum(), torchopt.sgd(0.1)),
+            ... )
+            >>> program.cost(program.init({"y": torch.zeros(()), "x": torch.ones(())}), {}, of="x")
+            tensor(0.2500)
+        """
+        before, own, running = self._ahead(of, solve)
+        work = self._begin(running, state, batches, pure=True, solve=solve)
+        if isinstance(work, Walk):  # nothing is kept of the loops for a derivative that is not taken
+            work.users = {name: [user for user in users if user != of] for name, users in work.users.items()}
+        with _unchanged(state, batches), torch.no_grad():
+            _advance(work, before)
+            if isinstance(work, Nest):
+                cost = work.cost(of, begin=solve and own.steps > 0)
+            else:
+                cost = work.cost(of, own if solve else None)
+        finite.check(work.events)
+        return -cost if {level.name: level for level in self.levels}[of].maximize else cost
+
     def __repr__(self) -> str:
         """List the levels, lowest first."""
         return f"Multilevel({', '.join(self.graph.levels)})"
+
+    def _ahead(self, of: str, solve: bool) -> tuple[tuple[Loop | str, ...], Loop, set[str]]:
+        """What precedes the first loop of a level, that loop, and the levels that run before its first update."""
+        self.graph.check(of)
+        before, own = self._schedule.before(of) if solve else ((), Loop(of, 1))
+        loops = [item for item in (*before, *own.first) if isinstance(item, Loop)]
+        return before, own, {of}.union(*(loop.levels() for loop in loops))
 
     def _begin(
         self, running: Collection[str], state: State, batches: Mapping[str, Any], *, pure: bool, solve: bool = True
@@ -218,6 +264,11 @@ class Multilevel:
         if outcome.folded is not None:
             metrics |= {"gradient_norm": _tree.norm(outcome.folded.gradient), "stats": outcome.folded.plain_stats()}
         return metrics
+
+
+def _advance(work: Walk | Nest, before: Sequence[Loop | str]) -> None:
+    for item in before:
+        work.begin(item) if isinstance(item, str) else work.run(item)
 
 
 def _unchanged(state: State, batches: Mapping[str, Any]) -> AbstractContextManager[None]:

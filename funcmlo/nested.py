@@ -30,7 +30,7 @@ from funcmlo.hypergrad.itd import NO_STEPS
 from funcmlo.hypergrad.solved import Solved, Standing
 from funcmlo.hypergrad.stats import Stats
 from funcmlo.level import Level
-from funcmlo.loops import Outcome, no_batch
+from funcmlo.loops import Outcome, next_cost, no_batch
 from funcmlo.problem import Problem
 from funcmlo.schedule import Loop
 from funcmlo.solution import SolutionMap
@@ -84,6 +84,15 @@ class Nest:
         self._note(name, [folded.cost], None, folded)
         return folded
 
+    def cost(self, name: str, *, begin: bool) -> Tensor:
+        """Return the cost of a level at its next step, as its optimizer sees it; nothing is updated."""
+        if begin:
+            self.begin(name)
+        values, state = self._solved_below(name, self.state.params[name], {}, self.state)
+        cost = next_cost(self._problem(name, self.state), values[name], self._inputs(name, values, state))
+        self._note(name, [cost], None, None)
+        return cost
+
     def _gradient(self, k: str, values: Values, state: State, t: int) -> tuple[Folded, State, Values]:
         """∇T_k at step t of its loop, the state with the levels below where their loops ended, and their solutions."""
         outer = self._told
@@ -111,12 +120,19 @@ class Nest:
     ) -> tuple[Tensor, Any, State, Values]:
         """T_k at a point, the levels below solved there from `state` on, or solved already in `known`."""
         problem = self._problem(k, state)
+        values, state = self._solved_below(k, own, values, state, known)
+        value, aux = problem.cost(own, self._inputs(k, values, state), t)
+        return value, aux, state, values
+
+    def _solved_below(
+        self, k: str, own: Tree, values: Values, state: State, known: State | None = None
+    ) -> tuple[Values, State]:
+        """A level's parameters with the solutions below it, and the state after those loops."""
         values = {**values, k: own}
         for name in self.below[k]:
             needed = name in self.needs.needed[k]
             values[name], state = self._solution(name, k if needed else None, values, state, known)
-        value, aux = problem.cost(own, self._inputs(k, values, state), t)
-        return value, aux, state, values
+        return values, state
 
     def _solution(
         self, name: str, user: str | None, values: Values, state: State, known: State | None
@@ -217,9 +233,7 @@ class Nest:
             return state
         here = {**values, name: state.params[name]}
         if any(source in self.below[name] for source in level.start_levels):
-            for lower in self.below[name]:
-                user = name if lower in self.needs.needed[name] else None
-                here[lower], state = self._solution(lower, user, here, state, None)
+            here, state = self._solved_below(name, state.params[name], values, state)
         start = self._problem(name, state).start(self._inputs(name, here, state), *_standing(name, state))
         return _put(state, name, start)
 

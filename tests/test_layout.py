@@ -99,6 +99,15 @@ ORDER = [
     "loops",
     "nested",
     "multilevel",
+    "table",
+    "comparing.peak_memory",
+    "comparing.substitution",
+    "comparing.reference",
+    "comparing.measuring",
+    "comparing.error_plot",
+    "comparing.comparison",
+    "comparing",
+    "_compare",
     "probing.agreement",
     "probing.watching",
     "probing.remedies",
@@ -109,6 +118,12 @@ ORDER = [
     "probing.questions",
     "probing",
     "_probe",
+    "testing.subjects",
+    "testing.differences",
+    "testing.taylor",
+    "testing.dense",
+    "testing.unrolled",
+    "testing.complexified",
     "testing.written",
     "testing.known",
     "testing.quadratic",
@@ -157,7 +172,8 @@ def imported(path: Path) -> set[str]:
             if node.module == "funcmlo":
                 names |= {alias.name for alias in node.names}
             elif node.module and node.module.startswith("funcmlo."):
-                names.add(node.module.removeprefix("funcmlo."))
+                module = node.module.removeprefix("funcmlo.")
+                names |= {f"{module}.{a.name}" if f"{module}.{a.name}" in ORDER else module for a in node.names}
         elif isinstance(node, ast.Import):
             assert not any(alias.name.startswith("funcmlo") for alias in node.names), f"{path}: import it by name"
     return names

@@ -141,6 +141,8 @@ class Penalty(BestResponse):
             residual = torch.where(nothing, torch.zeros_like(missing), missing)
             near = near | nothing
             products = _tree.map(lambda slope, like: slope.to(like.dtype), slope_x, x)
+            # Where the gradient at y* is NaN all runs stay there: their difference is no answer.
+            products = _tree.scale(torch.where(torch.isfinite(missing), 1.0, torch.nan), products)
             products = _tree.where(nothing, _tree.zeros_like(x), products)
         products = once("Penalty", products, (v, y, x))
         runs = self.order

@@ -11,6 +11,9 @@ from types import ModuleType
 from funcmlo.testing.by_hand import solved
 from funcmlo.testing.check import check_estimator, parametrize_with_checks
 from funcmlo.testing.classics import Mirrlees, MitsosBarton
+from funcmlo.testing.complexified import complex_step
+from funcmlo.testing.dense import dense_implicit
+from funcmlo.testing.differences import Estimate, finite_difference
 from funcmlo.testing.equilibrium import Equilibrium
 from funcmlo.testing.family import problems
 from funcmlo.testing.hierarchy import Hierarchy
@@ -22,12 +25,15 @@ from funcmlo.testing.quadratic import Quadratic
 from funcmlo.testing.regression import LogisticRegression, Ridge
 from funcmlo.testing.saddle import Saddle
 from funcmlo.testing.singular import SingularHessian
+from funcmlo.testing.taylor import TaylorTest, taylor_test
+from funcmlo.testing.unrolled import unrolled
 from funcmlo.testing.written import code, transformation
 
 __all__ = [
     "SMD",
     "Bilevel",
     "Equilibrium",
+    "Estimate",
     "Hierarchy",
     "Known",
     "LogisticRegression",
@@ -39,12 +45,18 @@ __all__ = [
     "Ridge",
     "Saddle",
     "SingularHessian",
+    "TaylorTest",
     "check_estimator",
     "code",
+    "complex_step",
+    "dense_implicit",
+    "finite_difference",
     "parametrize_with_checks",
     "problems",
     "solved",
+    "taylor_test",
     "transformation",
+    "unrolled",
 ]
 
 

@@ -123,19 +123,27 @@ def batch_resampled(examined: Examined) -> Finding:
 
 @check(any_level)
 def nan_hidden(examined: Examined) -> Finding:
-    """A NaN in the cross term is in the answer, or an error: it never becomes a number."""
-    b = cross(4, 3, examined.seed)
-    b[0, 0] = math.nan
-    problem = Matrices(symmetric(4, 3.0, examined.seed), b)
+    """A NaN in the mixed derivative, or in the curvature that is inverted, is in the answer or an error, never a number."""
+    curvature, mixed = symmetric(4, 3.0, examined.seed), cross(4, 3, examined.seed)
+    nan = torch.zeros(4, 4, dtype=torch.float64)
+    nan[0, 0] = math.nan
+    problems = {"mixed derivative": Matrices(curvature, mixed + nan[:, :3])}
+    if examined.claims.target in {"implicit", "unrolled"}:
+        problems["curvature"] = Matrices(curvature + nan, mixed)
+    for what, problem in problems.items():
+        if (found := _of_nan(examined, problem)) is not None and bool(torch.isfinite(found[0])):
+            return Finding(1.0, 0.0, f"the cost's {what} has a NaN, and the answer is {found[0]:.3g}")
+    return Finding(0.0, 0.0, "")
+
+
+def _of_nan(examined: Examined, problem: Matrices) -> Tensor | None:
+    """The answer to a problem with a NaN; None for an error that says so."""
     start = normal(flat(4), examined.seed)
     try:
         at = examined.at(problem, start=start)
-        found = ravel(examined.estimator.vjp(at, normal(flat(4), 1), examined.estimator.init(at.params))[0]["x"])
+        return ravel(examined.estimator.vjp(at, normal(flat(4), 1), examined.estimator.init(at.params))[0]["x"])
     except FuncmloError:
-        return Finding(0.0, 0.0, "")
-    return Finding(
-        0.0 if not torch.isfinite(found[0]) else 1.0, 0.0, f"the cost's mixed derivative is NaN, the answer {found[0]:.3g}"
-    )
+        return None
 
 
 @check(any_level)

@@ -1,0 +1,1 @@
+"""Estimators side by side: what `fm.compare` does."""
