@@ -213,7 +213,7 @@ class Neumann(CG):
     def solve(self, solved: fm.Solved, v: Any) -> tuple[Any, float]:
         total = term = v
         for _ in range(self.iterations):
-            term = _tree.add_scaled(term, -self.rate, hvp(solved, term))
+            term = _tree.add_scaled(term, -self.rate, self.product(solved, term))
             total = _tree.add(total, term)
         return total, float(_tree.norm(term)) / (float(_tree.norm(v)) or 1.0)
 

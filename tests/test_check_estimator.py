@@ -11,7 +11,7 @@ import torch
 
 import funcmlo as fm
 from funcmlo import _tree
-from tests.faulty import CG, COMPOSED, FAULTS, RIGHT, Unroll
+from tests.faulty import CG, COMPOSED, FAULTS, RIGHT, Neumann, Unroll
 from tests.registry import ESTIMATORS
 
 check = fm.testing.check_estimator
@@ -69,7 +69,7 @@ def test_the_message_says_what_the_answer_is_instead(fault: str, told: str) -> N
 
 
 def test_faults_that_do_not_spread_fail_one_check_alone() -> None:
-    for fault in ("a damping applied twice", "a cross term at the start", "NaN turned into zero", "a state that leaks"):
+    for fault in ("a damping applied twice", "an input changed in place", "NaN turned into zero", "a state that leaks"):
         make, name = FAULTS[fault]
         assert list(check(make()).failures) == [name]
 
@@ -85,6 +85,22 @@ def test_two_hundred_seeded_runs_fail_no_right_estimator() -> None:
         if not report.passed:
             failed[name, 1 + run] = list(report.failures)
     assert failed == {}
+
+
+@pytest.mark.parametrize("rate", [3.0, 1e-4])
+def test_a_knob_that_leads_nowhere_is_named_and_soon(rate: float) -> None:
+    class Elsewhere(Neumann):
+        def solve(self, solved: fm.Solved, v: Any) -> tuple[Any, float]:
+            w, residual = super().solve(solved, v)
+            return _tree.scale(self.rate, w), residual
+
+    Elsewhere.rate = rate
+    start = time.process_time()
+    report = check(Elsewhere(), checks=["knob_without_limit"])
+    assert "diverges, or is too slow to be judged" in report.failures["knob_without_limit"].message
+    assert time.process_time() - start < 30
+    Elsewhere.rate = 1.0
+    assert check(Elsewhere()).passed
 
 
 def test_it_takes_less_than_a_minute() -> None:

@@ -122,7 +122,7 @@ ORDER = [
     "testing.differences",
     "testing.taylor",
     "testing.dense",
-    "testing.unrolled",
+    "testing.brute_force",
     "testing.complexified",
     "testing.written",
     "testing.known",

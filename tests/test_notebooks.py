@@ -85,6 +85,7 @@ def ran(name: str) -> tuple[dict[int, Output], Exception | None]:
     outputs: dict[int, Output] = {}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(plt, "show", lambda *args, **kwargs: None)  # Agg has no window to show; figures stay open
+        plt.close("all")  # other tests' figures
         for i, cell in enumerate(BOOKS[name]["cells"]):
             if cell["cell_type"] == "code":
                 try:

@@ -13,13 +13,13 @@ from torch import Tensor
 import funcmlo as fm
 from funcmlo import _tree
 from funcmlo.operators import ravel, unravel
+from funcmlo.testing.brute_force import unrolled
 from funcmlo.testing.complexified import complex_step
 from funcmlo.testing.dense import dense_implicit
 from funcmlo.testing.differences import finite_difference
 from funcmlo.testing.quadratic import Quadratic
 from funcmlo.testing.subjects import func_grad
 from funcmlo.testing.taylor import taylor_test
-from funcmlo.testing.unrolled import unrolled
 from tests.hierarchies import CHAIN, NAMED, Hierarchy
 from tests.oracles import bits
 from tests.programs import BATCHES, program, start

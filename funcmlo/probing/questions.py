@@ -142,7 +142,7 @@ def _deterministic(interview: Interview) -> None:
 
 
 def _float64(interview: Interview) -> None:
-    """Whether it computes in float64, where its numbers are compared."""
+    """Whether it computes in float64, where its numbers are compared; one that does not is no failure, and is noted."""
     case = interview.case.double()
     y, x = case.point()
     given = case.arguments([t.requires_grad_() for t in y], x)
@@ -151,7 +151,7 @@ def _float64(interview: Interview) -> None:
     watch.restore()
     if error is not None:
         fault = fault_of(error, "dtype", watch, interview.tour)
-        interview.say("float64", False, replace(fault, message=f"in float64: {fault.message}"))
+        interview.say("float64", None, replace(fault, message=f"in float64: {fault.message}"))
         return
     interview.wide = case
     narrowed = watch.narrowed or (None if value.dtype == torch.float64 else (value.dtype, None))
@@ -160,7 +160,7 @@ def _float64(interview: Interview) -> None:
         interview.say("float64", True)
         return
     message = f"part of it computes in {narrowed[0]}, so numbers are compared to {interview.epsilon ** (1 / 3):.1g} only"
-    interview.say("float64", False, Fault(message, narrowed[1], "cast to the parameters' dtype: x.to(params.dtype)"))
+    interview.say("float64", None, Fault(message, narrowed[1], "cast to the parameters' dtype: x.to(params.dtype)"))
 
 
 def _grad(interview: Interview) -> None:

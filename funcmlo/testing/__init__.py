@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from funcmlo.testing.brute_force import unrolled
 from funcmlo.testing.by_hand import solved
 from funcmlo.testing.check import check_estimator, parametrize_with_checks
 from funcmlo.testing.classics import Mirrlees, MitsosBarton
@@ -26,7 +27,6 @@ from funcmlo.testing.regression import LogisticRegression, Ridge
 from funcmlo.testing.saddle import Saddle
 from funcmlo.testing.singular import SingularHessian
 from funcmlo.testing.taylor import TaylorTest, taylor_test
-from funcmlo.testing.unrolled import unrolled
 from funcmlo.testing.written import code, transformation
 
 __all__ = [

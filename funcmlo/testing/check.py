@@ -166,7 +166,6 @@ def _outcome(one: Check, examined: Examined) -> Outcome:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FuncmloWarning)  # checks go where solvers do not converge, on purpose
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, under its transforms
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, under its transforms
         try:
             if (why := one.skip(examined)) is not None:
                 return Outcome(one.name, "skipped", message=why)

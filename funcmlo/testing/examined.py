@@ -27,6 +27,8 @@ STEPS = 5
 """Inner steps of the short loops that unrolled derivatives are checked on: they are known for any number of steps."""
 
 _ENOUGH = 16
+_MOST = 4096
+_STILL = 1e-11
 _DRAWS = 32
 _DEVIATIONS = 8.0
 """A mean of 32 draws is this many standard errors from its expectation less than once in 10⁸ checks (Student, 31 degrees of
@@ -97,32 +99,45 @@ class Examined:
         first, second = (self._product(self._easy(), normal(flat(4), 1), seed=i)[0] for i in range(2))
         return not torch.equal(first, second)
 
-    @cached_property
+    @property
     def converged(self) -> Examined:
-        """The estimator with its knob turned until its answer no longer changes: what its claims are about.
+        """The estimator with its knob turned until its answer no longer changes: what its claims are about."""
+        return self.turned[0]
+
+    @cached_property
+    def turned(self) -> tuple[Examined, float]:
+        """The estimator with its knob turned, and by how much the last turn still changed its answer, relatively.
 
         Nothing is compared with the truth here. A knob that counts (iterations, terms, samples) goes up, one that measures
-        (a difference's size) goes down. Who claims to be exact needs no turning; only a count that is smaller than twice
-        the problems' dimension is raised to that.
+        (a difference's size) goes down, until the answer stands still or runs away. A count is at
+        least twice the problems' dimension; who claims to be exact needs no more turning than that.
         """
         found = None if self.own else settings.knob(self.estimator)
-        if found is None or found[1] is None or isinstance(found[1], bool) or not isinstance(found[1], (int, float)):
-            return self
+        if found is None or type(found[1]) not in {int, float}:
+            return self, 0.0
         path, value = found
         counts = isinstance(value, int)
-        if self.sampled:
-            return self._with(path, max(64, value)) if counts else self
-        if self.claims.exact:
-            return self._with(path, max(_ENOUGH, value)) if counts else self
-        turn: Callable[[Any], Any] = (lambda k: 2 * k) if counts else (lambda size: size / 4)
-        enough, most = (1e-11, 12) if counts else (1e-7, 6)
-        now, before = value, None
-        for _ in range(most):
-            answer, _ = self._with(path, now)._product(self._easy(), normal(flat(4), 1))
-            if before is not None and _distance(answer, before) <= enough:
+        if self.sampled or self.claims.exact:
+            return (self._with(path, max(64 if self.sampled else _ENOUGH, value)) if counts else self), 0.0
+        enough = _STILL if counts else 1e-7
+        first = max(_ENOUGH, value) if counts else value
+        best, answer = self._with(path, first), self._one(first, path)
+        moved = least = math.inf
+        turns = [first * 2**i for i in range(1, 13)] if counts else [first / 4**i for i in range(1, 7)]
+        for value in turns:
+            if counts and value > max(_MOST, 2 * first):
                 break
-            now, before = turn(now), answer
-        return self._with(path, now)
+            farther = self._one(value, path)
+            moved = distance(farther, answer)
+            if not moved <= 4 * least:  # it runs away, or is no longer finite
+                break
+            if moved <= enough:
+                return best, moved
+            best, answer, least = self._with(path, value), farther, min(moved, least)
+        return best, moved
+
+    def _one(self, value: Any, path: tuple[str, ...]) -> Tensor:
+        return self._with(path, value)._product(self._easy(), normal(flat(4), 1))[0]
 
     def at_least(self, count: int) -> Examined:
         """Return the estimator with a knob that counts at no less than `count`."""
@@ -238,6 +253,3 @@ def distance(answer: Tensor, expected: Tensor) -> float:
     """Return ‖answer − expected‖ / ‖expected‖; the absolute distance from a zero."""
     size = float(torch.linalg.vector_norm(expected))
     return float(torch.linalg.vector_norm(answer - expected)) / (size or 1.0)
-
-
-_distance = distance

@@ -25,7 +25,7 @@ def problems() -> tuple[Known, ...]:
         >>> [problem.name for problem in problems() if "positive definite" not in problem.assumptions]
         ['SingularHessian', 'Saddle', 'Equilibrium']
     """
-    tree = {"w": torch.zeros(2, 2, dtype=torch.float64), "b": [torch.zeros((), dtype=torch.float64), None]}
+    tree = {"w": torch.zeros(2, 2, dtype=torch.float64), "b": [torch.zeros((), dtype=torch.float64)]}
     return (
         Quadratic(),
         Quadratic(condition=10.0, y_like=tree, x_like=(torch.zeros(2, dtype=torch.float64),)),

@@ -37,14 +37,14 @@ def trees(examined: Examined) -> Finding:
     products, _, _ = examined.estimator.vjp(at, v, examined.estimator.init(at.params))
     if difference := _tree.mismatch(x, products["x"]):
         return Finding(_OFF, 0.0, f"an input and its cotangent differ: {difference}")
-    examined = examined.converged
-    answer, expected = examined.answer(problem, v), examined.target(problem, v)
-    if not examined.promises_size:
-        away = distance(_unit(answer.value), _unit(expected))
-        return Finding(away, examined.accuracy, "the answer on nested trees points elsewhere")
-    size = float(expected.norm())
-    allowed = examined.accuracy + 3 * min(answer.residual, 1e-2) + answer.noise / size
-    return Finding(distance(answer.value, expected), allowed, "the answer on nested trees is another than on vectors")
+    examined, told = examined.converged, "the answer on nested trees is another than on vectors"
+    plain = Matrices(problem.a, problem.b)
+    answer, flat_answer = (
+        examined.answer(p, w, x=at) for p, w, at in ((problem, v, problem.x()), (plain, ravel(v), ravel(problem.x())))
+    )
+    size = float(flat_answer.value.norm()) or 1.0
+    allowed = examined.accuracy + 3 * (answer.residual + flat_answer.residual) + (answer.noise + flat_answer.noise) / size
+    return Finding(distance(answer.value, flat_answer.value), allowed, told)
 
 
 @check(any_level)

@@ -19,6 +19,22 @@ from funcmlo.testing.matrices import Matrices, cross, flat, normal, symmetric
 from funcmlo.testing.outcome import Finding
 
 
+def _turns(examined: Examined) -> str | None:
+    found = settings.knob(examined.estimator)
+    turns = found is not None and type(found[1]) is int and not examined.claims.exact
+    return None if turns else "it has no knob that counts, or claims to be exact without turning it"
+
+
+@check(any_level, settled, _turns)
+def knob_without_limit(examined: Examined) -> Finding:
+    """As its knob is turned up the answer stands still, on a Hessian with eigenvalues from 0.1 to 1."""
+    last, moved = examined.turned
+    found, name = settings.knob(last.estimator), examined.claims.knob
+    told = f"from {name}={found[1] if found else '?'} to twice that the answer changes by {moved:.2g} of itself: "
+    told += "it diverges, or is too slow to be judged; the checks' Hessians have eigenvalues from 0.1 to 1"
+    return Finding(moved, 1e-8, told)
+
+
 def _damped(examined: Examined) -> str | None:
     return None if settings.dampings(examined.estimator) else "it has no setting named damping"
 
@@ -37,7 +53,12 @@ def damping(examined: Examined) -> Finding:
     return judged(changed, answer, changed.target(problem, v), 3.0, told)
 
 
-@check(any_level, implicit, settled)
+def _told(examined: Examined) -> str | None:
+    answer = examined.answer(Matrices(torch.eye(2).double(), torch.eye(2).double()), torch.ones(2).double())
+    return "its stats tell no residual" if getattr(answer.stats, "residual", None) is None else None
+
+
+@check(any_level, implicit, settled, _told)
 def reported_residual(examined: Examined) -> Finding:
     """With B = I the answer is w: ‖v − (H + λI)w‖ / ‖v‖ is at most what the stats say, however early the solver stopped."""
     # One that is an iterate old overstates; one that drifted promises too much, which a thousandth of it may be.
@@ -162,6 +183,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 CHECKS: tuple[Check, ...] = (
+    knob_without_limit,
     damping,
     reported_residual,
     cross_term_at_the_start,

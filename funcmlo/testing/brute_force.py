@@ -36,7 +36,7 @@ def unrolled(thing: Any, /, *arguments: Any, **keywords: Any) -> Any:
       `loss(params, inputs)`, a dict.
     - `unrolled(program, state, batches, of="x")`: the hypergradient of a level. Every level that has levels below runs their
       loops and follows the total derivative of its cost, which is what `ITD()` everywhere and
-      `composition="nested"` do, and `"paths"` too where `program.graph.exact` holds for each level.
+      `composition="nested"` do, and `"paths"` too where `program.graph.exact` holds and each level makes one step.
     - `unrolled(solve, init, *inputs, batch=None, cotangent=None)`: for what `fm.argmin` and `fm.fixed_point` return, a dict
       by input name.
 
