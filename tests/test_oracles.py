@@ -541,3 +541,12 @@ def test_complex_steps_are_exact_to_rounding() -> None:
 def test_complex_steps_refuse_what_is_not_analytic(function: object, words: str) -> None:
     with pytest.raises(fm.EstimatorError, match=words):
         complex_step(function, at([-0.3, 0.7]))
+
+
+def test_the_dense_formula_warns_where_a_level_is_not_solved() -> None:
+    problem = fm.testing.Quadratic(condition=3.0)
+    p = problem.program(fm.AID(fm.CG(5)))
+    found = fm.testing.dense_implicit(p, problem.state(p), {}, of="x")
+    assert float((found - problem.hypergradient()).norm()) <= 1e-12
+    with pytest.warns(fm.FuncmloWarning, match=r"level 'y' is not at its solution, which a Newton step puts .* away"):
+        fm.testing.dense_implicit(p, problem.state(p, solved=False), {}, of="x")

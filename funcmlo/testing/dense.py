@@ -5,6 +5,7 @@ With F(y, x) = 0 at the solution (F = ∇_y g, or y − Φ(y, x)): Jᵀv = −(�
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from funcmlo._fixed_point import FixedPoint
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed, feeds
 from funcmlo.dependence import dependence
-from funcmlo.errors import EstimatorError, ParameterError
+from funcmlo.errors import EstimatorError, FuncmloWarning, ParameterError
 from funcmlo.multilevel import Multilevel
 from funcmlo.operators import ravel, unravel
 from funcmlo.problem import Problem
@@ -28,6 +29,9 @@ from funcmlo.state import State
 from funcmlo.testing.subjects import cotangent_like, func_grad, inputs_of, wide, wide_state
 
 Condition = Callable[[Tensor, dict[str, Tree]], Tensor]
+
+_AWAY = 1e-2
+"""A solution that a Newton step moves by more, relative to 1 + ‖y‖, is none."""
 """F(y, inputs), on flat y."""
 
 
@@ -190,6 +194,14 @@ class _Solved:
         y = ravel(like)
         hessian = torch.func.jacrev(lambda at: condition(at, {source: x}))(y)
         mixed = torch.func.jacrev(lambda at: condition(y, {source: unravel(at, x)}))(ravel(x))
+        away = float(_solved(f"level '{reader}'", hessian, condition(y, {source: x})).norm())
+        if away > _AWAY * (1.0 + float(y.norm())):
+            warnings.warn(
+                f"dense_implicit: level '{reader}' is not at its solution, which a Newton step puts {away:.2g} away; the "
+                "formula holds there only. Hand in a state that is solved.",
+                FuncmloWarning,
+                stacklevel=2,
+            )
         return -_solved(f"level '{reader}'", hessian, mixed)
 
     def by_nesting(self, k: str) -> Tree:
