@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -275,6 +275,50 @@ class DroppedState(Unroll):
         return _tree.map_tensors(cut, opt_state)
 
 
+class FirstBatchAlways(Unroll):
+    """Every step is made as the first."""
+
+    def vjp(self, solved: fm.Solved, cotangent: Any, state: Any) -> Any:
+        return super().vjp(replace(solved, update=lambda y, s, x, t=None: solved.update(y, s, x, 0)), cotangent, state)
+
+
+class FrozenOptimizer(Unroll):
+    """The optimizer is taken at the inputs' values."""
+
+    def vjp(self, solved: fm.Solved, cotangent: Any, state: Any) -> Any:
+        def update(y: Any, s: Any, x: Products, t: int | None = None) -> Any:
+            slope = torch.func.grad(lambda at: solved.parts.cost(at, x, t))(y)
+            moved, s = solved.parts.updates(y, s, solved.inputs, slope, t)
+            excess = solved.parts.excess(_tree.add(y, moved), x, t)
+            return _tree.add(_tree.add(y, moved), _tree.zeros_like(y) if excess is None else excess), s
+
+        return super().vjp(replace(solved, update=update), cotangent, state)
+
+
+class NoProjection(Unroll):
+    """Steps end before the projection."""
+
+    def vjp(self, solved: fm.Solved, cotangent: Any, state: Any) -> Any:
+        def update(y: Any, s: Any, x: Products, t: int | None = None) -> Any:
+            slope = torch.func.grad(lambda at: solved.parts.cost(at, x, t))(y)
+            moved, s = solved.parts.updates(y, s, x, slope, t)
+            return _tree.add(y, moved), s
+
+        return super().vjp(replace(solved, update=update), cotangent, state)
+
+
+class SwitchesGradOff(CG):
+    def vjp(self, solved: fm.Solved, cotangent: Any, state: Any) -> Any:
+        found = super().vjp(solved, cotangent, state)
+        torch.set_grad_enabled(False)
+        return found
+
+
+class OtherSignInSingle(CG):
+    def cross(self, solved: fm.Solved, w: Any) -> Products:
+        return _tree.map(lambda x: -x if x.dtype == torch.float32 else x, cross(solved, w))
+
+
 class _Cut(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -317,6 +361,20 @@ class Samples(fm.BestResponse):
 class Summed(Samples):
     def weight(self) -> float:
         return 1.0
+
+
+class OneLess(Samples):
+    """A mean over b − 1."""
+
+    def weight(self) -> float:
+        return 1.0 / max(1, self.samples - 1)
+
+
+class OneDirection(Samples):
+    """One direction for all samples of a call."""
+
+    def vjp(self, solved: fm.Solved, cotangent: Any, state: Any) -> Any:
+        return Samples(1).vjp(solved, cotangent, state)
 
 
 class SameDraws(Samples):
@@ -371,6 +429,13 @@ FAULTS: dict[str, tuple[Callable[[], fm.BestResponse], str]] = {
     "an off-by-one in the unroll": (OffByOne, "steps_counted"),
     "a dropped optimizer state": (DroppedState, "optimizer_state"),
     "a sample not averaged": (Summed, "samples_not_averaged"),
+    "a mean over one sample less": (OneLess, "few_samples_biased"),
+    "one direction for all samples": (OneDirection, "samples_alike"),
+    "every step on the first batch": (FirstBatchAlways, "batch_of_another_step"),
+    "a learning rate taken as a constant": (FrozenOptimizer, "learning_rate_missing"),
+    "a projection left out": (NoProjection, "projection_missing"),
+    "grad mode left off": (SwitchesGradOff, "global_settings_changed"),
+    "another sign in float32": (OtherSignInSingle, "dtypes"),
     "the same draws at every step": (SameDraws, "draws_repeated"),
     "a cotangent not linear": (Normalized, "linear_in_the_cotangent"),
     "an input changed in place": (InPlace, "changed_in_place"),

@@ -15,7 +15,7 @@ from tests.faulty import CG, COMPOSED, FAULTS, RIGHT, Neumann, Unroll
 from tests.registry import ESTIMATORS
 
 check = fm.testing.check_estimator
-TOP, SIZE = 1.0, 8  # the checks' problems have eigenvalues up to 1 and at most 8 unknowns
+TOP, SIZE = 1.0, 12  # the checks' problems have eigenvalues up to 1 and at most 12 unknowns
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

@@ -146,6 +146,7 @@ ORDER = [
     "testing.checks.base",
     "testing.checks.products",
     "testing.checks.steps",
+    "testing.checks.unrolls",
     "testing.checks.draws",
     "testing.checks.programs",
     "testing.checks.contract",

@@ -26,11 +26,11 @@ from funcmlo.testing.matrices import Matrices, cross, flat, normal, symmetric
 STEPS = 5
 """Inner steps of the short loops that unrolled derivatives are checked on: they are known for any number of steps."""
 
-_ENOUGH = 16
+_ENOUGH = 24
 _MOST = 4096
 _STILL = 1e-11
-_DRAWS = 32
-_DEVIATIONS = 8.0
+DRAWS = 32
+DEVIATIONS = 8.0
 """A mean of 32 draws is this many standard errors from its expectation less than once in 10⁸ checks (Student, 31 degrees of
 freedom: 5e-9 for one entry), even if the draws were not normal by a little; its error is a norm over all entries."""
 
@@ -211,11 +211,11 @@ class Examined:
         if not self.claims.stochastic or not (self.sampled or "batches" in where):
             value, stats = self._product(problem, v, **where)
             return Answer(value, 0.0, stats)
-        seeds = range(7919 * (self.seed + 1), 7919 * (self.seed + 1) + _DRAWS)
+        seeds = range(7919 * (self.seed + 1), 7919 * (self.seed + 1) + DRAWS)
         answers = [self._product(problem, v, **{**where, "seed": seed}) for seed in seeds]
         drawn = torch.stack([value for value, _ in answers])
-        error = torch.linalg.vector_norm(drawn.std(0)) / math.sqrt(_DRAWS)
-        return Answer(drawn.mean(0), _DEVIATIONS * float(error), answers[-1][1])
+        error = torch.linalg.vector_norm(drawn.std(0)) / math.sqrt(DRAWS)
+        return Answer(drawn.mean(0), DEVIATIONS * float(error), answers[-1][1])
 
     def target(self, problem: Matrices, v: Tree, *, steps: int = STEPS, damping: float | None = None) -> Tensor:
         """Return what Jᵀv should be on a problem whose φ is the identity, with gradient descent of rate 1.

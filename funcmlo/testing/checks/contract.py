@@ -10,7 +10,6 @@ from torch import Tensor
 
 from funcmlo import _tree
 from funcmlo._tree import Tree
-from funcmlo.errors import FuncmloError
 from funcmlo.hypergrad.stats import Stats
 from funcmlo.operators import ravel
 from funcmlo.testing.checks.base import Check, any_level, check, settled
@@ -56,8 +55,15 @@ def dtypes(examined: Examined) -> Finding:
     above = problem.x(examined.seed)
     at = examined.at(problem, x=above, start=normal(y, examined.seed))
     products, _, _ = examined.estimator.vjp(at, normal(y, examined.seed + 1), examined.estimator.init(at.params))
-    difference = _tree.mismatch(above, products["x"])
-    return Finding(_OFF if difference else 0.0, 0.0, f"an input and its cotangent differ: {difference}")
+    if difference := _tree.mismatch(above, products["x"]):
+        return Finding(_OFF, 0.0, f"an input and its cotangent differ: {difference}")
+    if examined.claims.stochastic or not examined.promises_size:
+        return Finding(0.0, 0.0, "")
+    examined = examined.converged
+    v = normal(y, examined.seed + 1)
+    answer, expected = examined.answer(problem, v, x=above), examined.target(problem, v)
+    # A difference keeps half of float32's digits: 3e-4, a condition of 3, and a factor of ten to spare.
+    return Finding(distance(answer.value, expected), 1e-2, "the answer in float32 is another than in float64")
 
 
 @check(any_level)
@@ -93,6 +99,18 @@ def global_random_state(examined: Examined) -> Finding:
     moved = not torch.equal(before, torch.get_rng_state())
     torch.set_rng_state(before)
     return Finding(float(moved), 0.0, "torch's default generator was moved on; use a torch.Generator seeded by solved.seed")
+
+
+@check(any_level)
+def global_settings_changed(examined: Examined) -> Finding:
+    """Grad mode and torch's default dtype are as they were."""
+    at = examined.at(_problem(examined))
+    before = torch.is_grad_enabled(), torch.get_default_dtype()
+    examined.estimator.vjp(at, normal(at.params, 1), examined.estimator.init(at.params))
+    after = torch.is_grad_enabled(), torch.get_default_dtype()
+    torch.set_grad_enabled(before[0])
+    torch.set_default_dtype(before[1])
+    return Finding(float(before != after), 0.0, f"(grad mode, default dtype) were {before} and are {after} after a call")
 
 
 @check(any_level)
@@ -142,7 +160,7 @@ def _of_nan(examined: Examined, problem: Matrices) -> Tensor | None:
     try:
         at = examined.at(problem, start=start)
         return ravel(examined.estimator.vjp(at, normal(flat(4), 1), examined.estimator.init(at.params))[0]["x"])
-    except FuncmloError:
+    except Exception:  # an error is an answer, whose ever it is
         return None
 
 
@@ -192,6 +210,7 @@ CHECKS: tuple[Check, ...] = (
     zero_cotangent,
     repeatable,
     global_random_state,
+    global_settings_changed,
     changed_in_place,
     batch_resampled,
     nan_hidden,

@@ -11,7 +11,7 @@ from torch import Tensor
 from funcmlo.operators import ravel
 from funcmlo.testing import settings
 from funcmlo.testing.checks.base import Check, any_level, check
-from funcmlo.testing.examined import Answer, Examined
+from funcmlo.testing.examined import DEVIATIONS, DRAWS, Answer, Examined
 from funcmlo.testing.matrices import Batched, Matrices, cross, flat, normal, symmetric
 from funcmlo.testing.outcome import Finding
 
@@ -50,6 +50,43 @@ def samples_not_averaged(examined: Examined) -> Finding:
     told = f"with {most} samples the answer is {ratio:.3g} times the target on average"
     told += ": the samples are summed" if abs(ratio / most - 1) < 0.1 else ""
     return Finding(abs(ratio - 1.0), 1e-3 + several.noise / math.sqrt(size), told)
+
+
+@check(any_level, _samples)
+def few_samples_biased(examined: Examined) -> Finding:
+    """Two samples, one number above: a mean over b − 1 or b + 1 in place of b would show."""
+    found = settings.knob(examined.estimator)
+    assert found is not None  # `_samples` looked
+    two = settings.put(examined.estimator, found[0], 2)
+    problem = Matrices(torch.eye(1).double(), torch.eye(1).double())
+    v, start = torch.ones(1).double(), torch.zeros(1).double()
+    drawn = []
+    for draw in range(256):
+        at = examined.at(problem, start=start, steps=1, seed=100_003 * (examined.seed + 1) + draw)
+        drawn.append(ravel(two.vjp(at, v, two.init(at.params))[0]["x"]))
+    values = torch.stack(drawn)
+    answer = Answer(values.mean(0), DEVIATIONS * float(values.std(0).norm()) / 16)
+    return _apart(answer, v, f"with two samples the mean is {float(answer.value):.3g} of the target")
+
+
+@check(any_level, _samples)
+def samples_alike(examined: Examined) -> Finding:
+    """The variance of the answer falls as the samples grow in number: sixteen times as many, a sixteenth."""
+    found = settings.knob(examined.estimator)
+    assert found is not None  # `_samples` looked
+    problem, v = Matrices(symmetric(3, 3.0, examined.seed), cross(3, 3, examined.seed)), normal(flat(3), examined.seed + 1)
+    variances = []
+    for samples in (4, 64):
+        several = settings.put(examined.estimator, found[0], samples)
+        drawn = []
+        for draw in range(DRAWS):
+            at = examined.at(problem, steps=2, seed=7919 * (examined.seed + 1) + draw)
+            drawn.append(ravel(several.vjp(at, v, several.init(at.params))[0]["x"]))
+        variances.append(float(torch.stack(drawn).var(0).sum()))
+    # The logarithm of a ratio of two such variances is known to about 0.25: 16 is not taken for 4, nor is 1.
+    ratio = variances[0] / variances[1] if variances[1] else math.inf
+    told = f"with 16 times the samples the variance is divided by {ratio:.2g}: are they drawn independently?"
+    return Finding(1 / ratio if ratio else math.inf, 0.25, told)
 
 
 @check(any_level, _draws)
@@ -105,4 +142,11 @@ def _apart(answer: Answer, expected: Tensor, message: str) -> Finding:
     )
 
 
-CHECKS: tuple[Check, ...] = (biased, samples_not_averaged, draws_repeated, biased_by_batches)
+CHECKS: tuple[Check, ...] = (
+    biased,
+    samples_not_averaged,
+    few_samples_biased,
+    samples_alike,
+    draws_repeated,
+    biased_by_batches,
+)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from funcmlo.testing.checks import contract, draws, products, programs, steps
+from funcmlo.testing.checks import contract, draws, products, programs, steps, unrolls
 from funcmlo.testing.checks.base import Check
 
-CHECKS: tuple[Check, ...] = (*products.CHECKS, *steps.CHECKS, *draws.CHECKS, *programs.CHECKS, *contract.CHECKS)
+CHECKS: tuple[Check, ...] = (
+    *products.CHECKS,
+    *steps.CHECKS,
+    *unrolls.CHECKS,
+    *draws.CHECKS,
+    *programs.CHECKS,
+    *contract.CHECKS,
+)

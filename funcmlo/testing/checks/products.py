@@ -72,7 +72,7 @@ def scale(examined: Examined) -> Finding:
 @check(any_level, implicit)
 def inverse_hessian(examined: Examined) -> Finding:
     """With B = I the answer is w, and Hw = v for an H of condition 10."""
-    n = 6
+    n = 12
     problem, v = Matrices(symmetric(n, 10.0, examined.seed), torch.eye(n).double()), normal(flat(n), examined.seed + 1)
     examined = examined.converged
     answer, expected = examined.answer(problem, v), examined.target(problem, v)

@@ -17,11 +17,9 @@ from funcmlo.multilevel import Multilevel
 from funcmlo.operators import ravel
 from funcmlo.testing.checks.base import Check, any_level, check, settled, sized
 from funcmlo.testing.checks.products import judged
-from funcmlo.testing.examined import Answer, Examined
+from funcmlo.testing.examined import DEVIATIONS, DRAWS, Answer, Examined
 from funcmlo.testing.matrices import cross, flat, normal, symmetric
 from funcmlo.testing.outcome import Finding
-
-_SEEDS, _DEVIATIONS = 32, 8.0
 
 
 @check(any_level, sized)
@@ -157,8 +155,8 @@ def _hypergradient(examined: Examined, program: Multilevel, params: dict[str, Te
 
     if not examined.sampled:
         return Answer(once(0))
-    drawn = torch.stack([once(7919 * (examined.seed + 1) + draw) for draw in range(_SEEDS)])
-    return Answer(drawn.mean(0), _DEVIATIONS * float(drawn.std(0).norm()) / math.sqrt(_SEEDS))
+    drawn = torch.stack([once(7919 * (examined.seed + 1) + draw) for draw in range(DRAWS)])
+    return Answer(drawn.mean(0), DEVIATIONS * float(drawn.std(0).norm()) / math.sqrt(DRAWS))
 
 
 CHECKS: tuple[Check, ...] = (
