@@ -307,6 +307,37 @@ class NoProjection(Unroll):
         return super().vjp(replace(solved, update=update), cotangent, state)
 
 
+class ForgetsStart(Unroll):
+    """The loop starts at the start's values."""
+
+    def vjp(self, solved: fm.Solved, cotangent: Any, state: Any) -> Any:
+        return super().vjp(replace(solved, start=lambda x: solved.init), cotangent, state)
+
+
+class OneOfManyDropped(Unroll):
+    """The last step is dropped where there are many."""
+
+    def steps(self, solved: fm.Solved) -> range:
+        return range(solved.steps - (solved.steps > 10))
+
+
+class SwappedInputs(CG):
+    """Products in the order of inputs, reversed where their shapes allow it."""
+
+    def cross(self, solved: fm.Solved, w: Any) -> Products:
+        products = cross(solved, w)
+        names = list(products)
+        same = len({_tree.structure(x) for x in products.values()}) == 1 and set(names) == {"x", "z"}
+        return {name: products[other] for name, other in zip(names, reversed(names), strict=True)} if same else products
+
+
+class Flushes(CG):
+    """Small cotangents count as zero."""
+
+    def solve(self, solved: fm.Solved, v: Any) -> tuple[Any, float]:
+        return super().solve(solved, _tree.map(lambda x: torch.where(x.abs() < 1e-9, 0.0, x).to(x.dtype), v))
+
+
 class SwitchesGradOff(CG):
     def vjp(self, solved: fm.Solved, cotangent: Any, state: Any) -> Any:
         found = super().vjp(solved, cotangent, state)
@@ -434,6 +465,10 @@ FAULTS: dict[str, tuple[Callable[[], fm.BestResponse], str]] = {
     "every step on the first batch": (FirstBatchAlways, "batch_of_another_step"),
     "a learning rate taken as a constant": (FrozenOptimizer, "learning_rate_missing"),
     "a projection left out": (NoProjection, "projection_missing"),
+    "a start without a derivative": (ForgetsStart, "start_missing"),
+    "a step dropped of many": (OneOfManyDropped, "steps_counted"),
+    "inputs confused": (SwappedInputs, "inputs_confused"),
+    "small cotangents flushed": (Flushes, "linear_in_the_cotangent"),
     "grad mode left off": (SwitchesGradOff, "global_settings_changed"),
     "another sign in float32": (OtherSignInSingle, "dtypes"),
     "the same draws at every step": (SameDraws, "draws_repeated"),

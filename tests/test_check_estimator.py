@@ -141,6 +141,29 @@ def test_a_suite_fails_where_the_estimator_does() -> None:
         cases["WrongSign()-steps_counted"][1](estimator)
 
 
+class NoKnob(CG):
+    claims = fm.Claims(knob="iters")
+
+
+def test_one_sample_of_signs_is_no_repeated_draw() -> None:
+    for seed in range(10):
+        assert check(fm.ForwardGradient(1), checks=["draws_repeated", "biased"], seed=seed).passed
+
+
+def test_the_caller_s_modes_do_not_matter() -> None:
+    dtype = torch.get_default_dtype()
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert check(fm.OneStep()).passed
+    assert check(FAULTS["grad mode left off"][0](), checks=["global_settings_changed"]).failures
+    assert (torch.is_grad_enabled(), torch.get_default_dtype()) == (True, dtype)
+
+
+def test_ids_are_unique() -> None:
+    cases = fm.testing.parametrize_with_checks([CG(), CG(), CG(damping=0.1)]).mark.args[1]
+    assert len({case.id for case in cases}) == len(cases)
+
+
 def test_an_exception_is_a_failure_with_its_message() -> None:
     class Raising(CG):
         def vjp(self, solved: fm.Solved, cotangent: Any, state: Any) -> Any:
@@ -178,6 +201,12 @@ def test_estimators_of_one_level_need_a_problem_of_theirs() -> None:
         (lambda: check(CG), r"the class CG came; expected an instance of it: CG\(…\)"),
         (lambda: check("cg"), "str came; expected an estimator, an instance of a subclass of fm.BestResponse"),
         (lambda: check(CG(), checks=["sine"]), "'sine' is no check; did you mean 'sign'"),
+        (lambda: check(CG(), checks=[]), "checks= is empty; leave it out for all"),
+        (lambda: check(CG(), problems=fm.testing.Ridge()), r"expected a list: problems=\[Ridge"),
+        (lambda: fm.Claims(target="implict"), "Claims.target='implict'.; did you mean 'implicit'"),
+        (lambda: fm.Claims(assumes="minimization"), "expected a set of some of 'minimization'"),
+        (lambda: fm.Claims(assumes=frozenset({"posdef"})), "expected a set of some of 'minimization'"),
+        (lambda: check(NoKnob()), "claims the knob 'iters', and has no such field"),
         (lambda: check(CG(), problems=[1]), "problems=int; expected instances of fm.testing.Known"),
         (lambda: fm.testing.parametrize_with_checks([CG]), "the class CG came"),
     ],

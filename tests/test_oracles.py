@@ -550,3 +550,14 @@ def test_the_dense_formula_warns_where_a_level_is_not_solved() -> None:
     assert float((found - problem.hypergradient()).norm()) <= 1e-12
     with pytest.warns(fm.FuncmloWarning, match=r"level 'y' is not at its solution, which a Newton step puts .* away"):
         fm.testing.dense_implicit(p, problem.state(p, solved=False), {}, of="x")
+
+
+def test_the_taylor_test_is_not_fooled_by_overflow_or_by_far_kinks() -> None:
+    x = torch.linspace(-1, 1, 4).double()
+    for size in (1e150, 1e200):
+        assert not fm.testing.taylor_test(lambda x, c=size: c * torch.sin(x).sum(), x, -size * x.cos()).passed
+    for seed in range(10):
+        at = torch.randn(20, generator=torch.Generator().manual_seed(seed)).double()
+        right = (at > 0).double()
+        assert fm.testing.taylor_test(lambda x: torch.relu(x).sum(), at, right).passed
+        assert not fm.testing.taylor_test(lambda x: torch.relu(x).sum(), at, 1.001 * right).passed

@@ -8,13 +8,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from funcmlo import _tracing
 from funcmlo._tree import Tree
 from funcmlo.assumptions import Assumption
 from funcmlo.describe import compact
-from funcmlo.errors import EstimatorError
+from funcmlo.errors import DefinitionError, EstimatorError, listing, suggest
 from funcmlo.hypergrad.solved import Keep, Solved
 from funcmlo.hypergrad.stats import Stats
 
@@ -44,6 +44,19 @@ class Claims:
     differentiable: bool = False
     vmap: bool = True
     assumes: frozenset[Assumption] = frozenset({"minimization", "positive definite"})
+
+    def __post_init__(self) -> None:
+        """Refuse claims that mean nothing, which nothing could be held to."""
+        if self.target not in get_args(Target):
+            raise DefinitionError(
+                f"Claims(target={self.target!r}){suggest(str(self.target), get_args(Target))} Expected "
+                f"{listing(map(repr, get_args(Target)))}."
+            )
+        asked = {self.assumes} if isinstance(self.assumes, str) else set(self.assumes)
+        if isinstance(self.assumes, str) or not asked <= set(get_args(Assumption)):
+            raise DefinitionError(
+                f"Claims(assumes={self.assumes!r}): expected a set of some of {listing(map(repr, get_args(Assumption)))}."
+            )
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
+
+import torch
 
 from funcmlo._tree import Tree
 from funcmlo.describe import compact
 from funcmlo.errors import DefinitionError, EstimatorError, FuncmloWarning, listing, suggest
-from funcmlo.hypergrad.base import BestResponse
+from funcmlo.hypergrad.base import BestResponse, Claims, Requires
 from funcmlo.multilevel import Multilevel
+from funcmlo.testing import settings
 from funcmlo.testing.checks.base import Check
 from funcmlo.testing.checks.every import CHECKS
 from funcmlo.testing.checks.known import known_checks
@@ -123,12 +127,14 @@ def parametrize_with_checks(
             pytest.skip(outcome.message)
         Report(compact(estimator), (outcome,)).raise_on_failure()
 
-    cases = []
+    cases, seen = [], Counter[str]()
     for estimator in estimators:
         _checked(estimator)
+        seen[compact(estimator)] += 1
+        again = f" {seen[compact(estimator)]}" if seen[compact(estimator)] > 1 else ""
         examined = Examined(estimator, seed)
         for one in [*CHECKS, *_known(problems)]:
-            name = f"{compact(estimator)}-{one.name}"
+            name = f"{compact(estimator)}{again}-{one.name}"
             cases.append(pytest.param(estimator, partial(run, one, examined), id=name))
     return pytest.mark.parametrize(("estimator", "check"), cases)
 
@@ -140,9 +146,21 @@ def _checked(estimator: Any) -> None:
         raise DefinitionError(
             f"{type(estimator).__name__} came; expected an estimator, an instance of a subclass of fm.BestResponse."
         )
+    if not isinstance(estimator.claims, Claims) or estimator.requires not in get_args(Requires):
+        raise DefinitionError(
+            f"{type(estimator).__name__} has claims={estimator.claims!r} and requires={estimator.requires!r}; expected "
+            f"fm.Claims(…), and one of {listing(map(repr, get_args(Requires)))}."
+        )
+    if estimator.claims.knob is not None and settings.knob(estimator) is None:
+        raise DefinitionError(
+            f"{compact(estimator)} claims the knob {estimator.claims.knob!r}, and has no such field; name one of its own, "
+            "or of its solver."
+        )
 
 
 def _known(problems: Sequence[Known] | None) -> tuple[Check, ...]:
+    if isinstance(problems, Known):
+        raise DefinitionError(f"problems={problems!r}; expected a list: problems=[{problems!r}].")
     for problem in problems or ():
         if not isinstance(problem, Known):
             raise DefinitionError(
@@ -155,6 +173,8 @@ def _chosen(names: Sequence[str] | None, checks: Sequence[Check]) -> Sequence[Ch
     if names is None:
         return checks
     by_name = {one.name: one for one in checks}
+    if not names:
+        raise DefinitionError(f"checks= is empty; leave it out for all, or name some of {listing(by_name)}.")
     for name in names:
         if name not in by_name:
             raise DefinitionError(f"{name!r} is no check{suggest(name, by_name)} Checks: {listing(by_name)}.")
@@ -163,7 +183,8 @@ def _chosen(names: Sequence[str] | None, checks: Sequence[Check]) -> Sequence[Ch
 
 def _outcome(one: Check, examined: Examined) -> Outcome:
     """Run a check; an exception of the estimator is a failure, told with its message."""
-    with warnings.catch_warnings():
+    dtype = torch.get_default_dtype()
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
         warnings.simplefilter("ignore", FuncmloWarning)  # checks go where solvers do not converge, on purpose
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, under its transforms
         try:
@@ -172,4 +193,6 @@ def _outcome(one: Check, examined: Examined) -> Outcome:
             found = one.run(examined)
         except Exception as error:  # whatever a user's code raises is a finding about it
             return Outcome(one.name, "failed", message=f"{type(error).__name__}: {error}")
+        finally:
+            torch.set_default_dtype(dtype)
     return Outcome(one.name, "passed" if found else "failed", found.error, found.allowed, found.message)

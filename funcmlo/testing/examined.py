@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ STEPS = 5
 
 _ENOUGH = 24
 _MOST = 4096
+_SAMPLES = 16
 _STILL = 1e-11
 DRAWS = 32
 DEVIATIONS = 8.0
@@ -52,9 +54,13 @@ class Answer:
     @property
     def residual(self) -> float:
         """The residual of a solve that says it converged, to a tolerance that the user chose; 0 for any other."""
-        if not isinstance(self.stats, Stats) or self.stats.residual is None or not self.stats.converged:
-            return 0.0
-        return float(self.stats.residual)
+        residual = told(self.stats, "residual")
+        return float(residual) if residual is not None and told(self.stats, "converged") else 0.0
+
+
+def told(stats: Any, name: str) -> Any:
+    """Return a statistic, from `Stats` or from a dict; None where it is not told."""
+    return stats.get(name) if isinstance(stats, Mapping) else getattr(stats, name, None)
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,8 @@ class Examined:
         """Whether its answers differ from draw to draw where all batches are one: directions are drawn, not batches."""
         if not self.claims.stochastic or self.own:
             return self.claims.stochastic
-        first, second = (self._product(self._easy(), normal(flat(4), 1), seed=i)[0] for i in range(2))
-        return not torch.equal(first, second)
+        first, *others = (self._product(self._easy(), normal(flat(4), 1), seed=i)[0] for i in range(8))
+        return not all(torch.equal(first, other) for other in others)
 
     @property
     def converged(self) -> Examined:
@@ -113,12 +119,12 @@ class Examined:
         least twice the problems' dimension; who claims to be exact needs no more turning than that.
         """
         found = None if self.own else settings.knob(self.estimator)
-        if found is None or type(found[1]) not in {int, float}:
+        if found is None or isinstance(found[1], bool) or not isinstance(found[1], Real):
             return self, 0.0
         path, value = found
-        counts = isinstance(value, int)
+        counts = isinstance(value, Integral)
         if self.sampled or self.claims.exact:
-            return (self._with(path, max(64 if self.sampled else _ENOUGH, value)) if counts else self), 0.0
+            return (self._with(path, max(_SAMPLES if self.sampled else _ENOUGH, value)) if counts else self), 0.0
         enough = _STILL if counts else 1e-7
         first = max(_ENOUGH, value) if counts else value
         best, answer = self._with(path, first), self._one(first, path)
@@ -142,7 +148,7 @@ class Examined:
     def at_least(self, count: int) -> Examined:
         """Return the estimator with a knob that counts at no less than `count`."""
         found = settings.knob(self.estimator)
-        if found is None or not isinstance(found[1], int) or found[1] >= count:
+        if found is None or not isinstance(found[1], Integral) or int(found[1]) >= count:
             return self
         return self._with(found[0], count)
 
@@ -156,7 +162,7 @@ class Examined:
         if self.claims.exact:
             return 1e-8
         found = settings.knob(self.estimator)
-        return 1e-6 if found is not None and isinstance(found[1], int) else 1e-4
+        return 1e-6 if found is not None and isinstance(found[1], Integral) else 1e-4
 
     @property
     def promises_size(self) -> bool:

@@ -129,7 +129,7 @@ class Report:
         """Write a table for a notebook."""
         rows = "".join(
             f"<tr><td>{'✓' if o.status == 'passed' else '✗' if o.status == 'failed' else '·'} {o.status}</td>"
-            f'<td style="text-align:left"><code>{o.name}</code></td>'
+            f'<td style="text-align:left"><code>{html.escape(o.name)}</code></td>'
             f"<td>{'' if math.isnan(o.allowed) else f'{o.error:.2g}'}</td>"
             f"<td>{'' if math.isnan(o.allowed) else f'{o.allowed:.2g}'}</td>"
             f'<td style="text-align:left">{"" if o.status == "passed" else html.escape(o.message)}</td></tr>'

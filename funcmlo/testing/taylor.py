@@ -146,7 +146,10 @@ def _judged(at: Subject, g: Tree, directions: int, seed: int) -> TaylorTest:
     # For random directions the mean of ⟨a, v/‖v‖⟩² is ‖a‖²/n.
     root = math.sqrt(size / directions)
     off, error, found = (root * math.hypot(*(getattr(line, name) for line in lines)) for name in ("off", "error", "size"))
-    whole = max(float(torch.linalg.vector_norm(ravel(g))), found)
+    largest = float(ravel(g).abs().max()) or 1.0  # squares of 1e200 overflow
+    whole = max(largest * float(torch.linalg.vector_norm(ravel(g) / largest)), found)
+    if not all(map(math.isfinite, (whole, off, error))):
+        return TaylorTest(False, None, math.inf, "Its numbers overflow float64: scale the function down.", at.name)
     fault = off / whole if whole else 0.0
     doubt = error / whole if whole else 0.0
     slopes = [line.slope for line in lines if line.slope is not None]
@@ -195,8 +198,10 @@ def _slope(remainders: Sequence[float], floors: Sequence[float]) -> tuple[float 
     """The slope at the smallest two neighbouring steps whose remainders are above their floors, and the smaller step."""
     for i in reversed(range(1, len(STEPS))):
         coarse, fine = remainders[i - 1], remainders[i]
-        if coarse > floors[i - 1] and fine > floors[i] and math.isfinite(coarse):
-            return math.log(coarse / fine) / math.log(STEPS[i - 1] / STEPS[i]), STEPS[i]
+        if coarse > floors[i - 1] and math.isfinite(coarse):
+            least = math.log(coarse / max(fine, floors[i])) / math.log(STEPS[i - 1] / STEPS[i])
+            if fine > floors[i] or least >= SLOPE:  # a drop into rounding bounds the slope from below
+                return least, STEPS[i]
     return None, math.inf
 
 

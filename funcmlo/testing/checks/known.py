@@ -58,8 +58,8 @@ def _names(problems: Sequence[Known]) -> list[str]:
     """A name for each problem; of several of one class, the later ones are numbered."""
     names: list[str] = []
     for problem in problems:
-        name, same = f"known_{problem.name}", sum(other.startswith(f"known_{problem.name}") for other in names)
-        names.append(f"{name}_{same + 1}" if same else name)
+        name, earlier = f"known_{problem.name}", sum(other.name == problem.name for other in problems[: len(names)])
+        names.append(f"{name}_{earlier + 1}" if earlier else name)
     return names
 
 
@@ -90,6 +90,12 @@ def _skip(examined: Examined, problem: Known, own: bool) -> str | None:
     missing = claims.assumes - problem.assumptions - ({"its own level"} if own else set())
     if missing:
         return f"it assumes what the problem does not meet: {', '.join(sorted(missing))}"
+    if (
+        examined.estimator.requires == "trajectory"
+        and not isinstance(problem, Bilevel)
+        and not examined.estimator.in_the_open
+    ):
+        return "a fixed point keeps no trajectory"
     if examined.damping:
         return "its damping is a bias here"
     return None

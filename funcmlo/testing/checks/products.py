@@ -9,7 +9,7 @@ from funcmlo import _tree
 from funcmlo.operators import ravel
 from funcmlo.testing.by_hand import solved
 from funcmlo.testing.checks.base import Check, any_level, check, implicit, settled, sized
-from funcmlo.testing.examined import Answer, Examined, distance
+from funcmlo.testing.examined import STEPS, Answer, Examined, distance
 from funcmlo.testing.matrices import Matrices, cross, flat, normal, symmetric
 from funcmlo.testing.outcome import Finding
 
@@ -36,8 +36,8 @@ def judged(examined: Examined, answer: Answer, expected: Tensor, condition: floa
 
 @check(any_level)
 def sign(examined: Examined) -> Finding:
-    """On g = ½y² − xy, Jv = v."""
-    problem = Matrices(torch.eye(1).double(), torch.eye(1).double())
+    """On g = ¼y² − xy, Jv has the sign of v."""
+    problem = Matrices(0.5 * torch.eye(1).double(), torch.eye(1).double())
     answer = examined.converged.answer(problem, torch.ones(1).double())
     value = float(answer.value)
     told = "−∇²_xy g carries a minus sign" if value < 0 else "expected a number above 0"
@@ -46,9 +46,9 @@ def sign(examined: Examined) -> Finding:
 
 @check(any_level)
 def transposed_cross_term(examined: Examined) -> Finding:
-    """With H = I the answer points along Bᵀv, and B is square and far from symmetric."""
+    """With H = I/2 the answer points along Bᵀv, and B is square and far from symmetric."""
     b = cross(3, 3, examined.seed)
-    problem, v = Matrices(torch.eye(3).double(), b), normal(flat(3), examined.seed + 1)
+    problem, v = Matrices(0.5 * torch.eye(3).double(), b), normal(flat(3), examined.seed + 1)
     answer = examined.converged.answer(problem, v)
     found = _away(answer.value, b.T @ v)
     other = _away(answer.value, b @ v)
@@ -130,6 +130,26 @@ def _inexact(examined: Examined) -> str | None:
     return None if examined.claims.exact else "it does not claim to be exact"
 
 
+@check(any_level, settled)
+def inputs_confused(examined: Examined) -> Finding:
+    """Two inputs of one shape that are both read: each has its own product."""
+    problem = Matrices(symmetric(3, 3.0, examined.seed), cross(3, 4, examined.seed))
+    v, inputs = normal(flat(3), examined.seed), {"x": normal(flat(2), 1), "z": normal(flat(2), 2)}
+
+    def loss(y: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        return problem.loss(y, {"x": torch.cat([inputs["x"], inputs["z"]])})
+
+    examined = examined.converged
+    both = torch.cat(list(inputs.values()))
+    start = normal(flat(3), 3) if examined.unrolled else problem.solution(both)
+    at = solved(loss, start, inputs, examined.estimator, steps=STEPS)
+    products, _, stats = examined.estimator.vjp(at, v, examined.estimator.init(at.params))
+    answer, expected = torch.cat([products["x"], products["z"]]), examined.target(problem, v)
+    if not examined.promises_size:
+        answer, expected = answer / answer.norm(), expected / expected.norm()
+    return judged(examined, Answer(answer, 0.0, stats), expected, 3.0, "two inputs that are both read are confused")
+
+
 @check(any_level, settled, _inexact)
 def cancels_in_float32(examined: Examined) -> Finding:
     """A cost of size 1e-5 in float32: the answer keeps float32's digits, and nothing larger is subtracted on the way."""
@@ -147,7 +167,7 @@ def cancels_in_float32(examined: Examined) -> Finding:
 
 @check(any_level, settled)
 def linear_in_the_cotangent(examined: Examined) -> Finding:
-    """L(u − 3v) = L(u) − 3 L(v), and L(1000 u) = 1000 L(u)."""
+    """L(u − 3v) = L(u) − 3 L(v), and L(cu) = c L(u), for c = 10¹² and 10⁻¹² too."""
     problem = Matrices(symmetric(4, 10.0, examined.seed), cross(4, 3, examined.seed))
     u, v = (normal(flat(4), examined.seed + i) for i in range(2))
     examined = examined.converged
@@ -158,7 +178,9 @@ def linear_in_the_cotangent(examined: Examined) -> Finding:
     size = float(parts.value.norm() + 3 * rest.value.norm()) or 1.0
     added = float((both.value - parts.value + 3 * rest.value).norm()) / size
     scaled = float((large.value / 1000 - parts.value).norm()) / size
-    what = "L(u − 3v) is not L(u) − 3 L(v)" if added >= scaled else "L(1000 u) is not 1000 L(u)"
+    for c in (1e-12, 1e12):
+        scaled = max(scaled, float((examined.answer(problem, c * u).value / c - parts.value).norm()) / size)
+    what = "L(u − 3v) is not L(u) − 3 L(v)" if added >= scaled else "L(cu) is not c L(u) for c = 1000, 1e12 and 1e-12"
     return Finding(max(added, scaled), allowed, f"{what}: is the cotangent normalized, clipped or squared somewhere?")
 
 
@@ -179,6 +201,7 @@ CHECKS: tuple[Check, ...] = (
     converged_iterate,
     coupled_blocks,
     several_inputs,
+    inputs_confused,
     cancels_in_float32,
     linear_in_the_cotangent,
 )

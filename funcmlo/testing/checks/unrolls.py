@@ -64,8 +64,24 @@ def projection_missing(examined: Examined) -> Finding:
     return judged(found[0], *found[1:], 1.0, "the derivative does not run through the projection")
 
 
+@check(any_level, unrolled, lambda e: None if e.estimator.follows_start else "it does not differentiate by the start")
+def start_missing(examined: Examined) -> Finding:
+    """Where a loop starts at what a level above says, the start has a derivative."""
+    a, b = symmetric(3, 3.0, examined.seed), cross(3, 3, examined.seed)
+    loss: Callable[..., Tensor] = lambda y, x: 0.5 * y @ a @ y - y @ (b @ x)  # ruff: ignore[lambda-assignment]
+    level = {"loss": loss, "optimizer": torchopt.sgd(0.3), "init": lambda x: 2 * x}
+    x = normal(flat(3), examined.seed)
+    found = _compared(examined, level, lambda y, x, t: y - 0.3 * (a @ y - b @ x), x, {}, lambda x: 2 * x)
+    return judged(found[0], *found[1:], 1.0, "the derivative does not run through the loop's start")
+
+
 def _compared(
-    examined: Examined, level: dict[str, Any], step: Callable[[Tensor, Tensor, int], Tensor], x: Tensor, batches: Any
+    examined: Examined,
+    level: dict[str, Any],
+    step: Callable[[Tensor, Tensor, int], Tensor],
+    x: Tensor,
+    batches: Any,
+    start: Any = None,
 ) -> tuple[Examined, Answer, Tensor]:
     """The turned estimator, its hypergradient of Σ sin y_T, the mean for one that draws, and that of the steps by hand."""
     examined = examined.converged
@@ -80,7 +96,7 @@ def _compared(
         return ravel(examined.hypergradient(program, replace(state, seed=seed), batches, of="x"))
 
     def by_hand(x: Tensor) -> Tensor:
-        y = begin
+        y = begin if start is None else start(x)
         for t in range(_STEPS):
             y = step(y, x, t)
         return torch.sin(y).sum()
@@ -92,4 +108,4 @@ def _compared(
     return examined, Answer(drawn.mean(0), DEVIATIONS * float(drawn.std(0).norm()) / math.sqrt(DRAWS)), expected
 
 
-CHECKS: tuple[Check, ...] = (batch_of_another_step, learning_rate_missing, projection_missing)
+CHECKS: tuple[Check, ...] = (batch_of_another_step, learning_rate_missing, projection_missing, start_missing)
