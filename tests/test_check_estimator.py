@@ -159,6 +159,14 @@ def test_the_caller_s_modes_do_not_matter() -> None:
     assert (torch.is_grad_enabled(), torch.get_default_dtype()) == (True, dtype)
 
 
+def test_a_refusal_is_no_pass() -> None:
+    outcome = check(fm.PerturbedSolve(3), checks=["learning_rate_missing", "sign"])["learning_rate_missing"]
+    assert outcome.status == "skipped"
+    assert "it refuses a learned rate" in outcome.message
+    assert "chunk=1" in outcome.message
+    assert check(fm.PerturbedSolve(3, chunk=1), checks=["learning_rate_missing"]).passed
+
+
 def test_ids_are_unique() -> None:
     cases = fm.testing.parametrize_with_checks([CG(), CG(), CG(damping=0.1)]).mark.args[1]
     assert len({case.id for case in cases}) == len(cases)

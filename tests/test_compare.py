@@ -629,7 +629,6 @@ def test_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setitem(sys.modules, "pandas", None)
         with pytest.raises(fm.EstimatorError, match="pip install pandas"):
             found.to_pandas()
-    pytest.importorskip("pandas")
     frame = found.to_pandas()
     assert list(frame.index) == ["AID(CG(2))", "AID(CG(20))"]
     assert frame.loc["AID(CG(2))", "error"] == found["AID(CG(2))"].error

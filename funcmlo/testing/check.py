@@ -17,7 +17,7 @@ from funcmlo.errors import DefinitionError, EstimatorError, FuncmloWarning, list
 from funcmlo.hypergrad.base import BestResponse, Claims, Requires
 from funcmlo.multilevel import Multilevel
 from funcmlo.testing import settings
-from funcmlo.testing.checks.base import Check
+from funcmlo.testing.checks.base import Check, NotApplicableError
 from funcmlo.testing.checks.every import CHECKS
 from funcmlo.testing.checks.known import known_checks
 from funcmlo.testing.classics import Mirrlees, MitsosBarton
@@ -191,6 +191,8 @@ def _outcome(one: Check, examined: Examined) -> Outcome:
             if (why := one.skip(examined)) is not None:
                 return Outcome(one.name, "skipped", message=why)
             found = one.run(examined)
+        except NotApplicableError as why_not:
+            return Outcome(one.name, "skipped", message=str(why_not))
         except Exception as error:  # whatever a user's code raises is a finding about it
             return Outcome(one.name, "failed", message=f"{type(error).__name__}: {error}")
         finally:

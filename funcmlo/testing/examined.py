@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ _MOST = 4096
 _SAMPLES = 16
 _STILL = 1e-11
 DRAWS = 32
-DEVIATIONS = 8.0
+_DEVIATIONS = 8.0
 """A mean of 32 draws is this many standard errors from its expectation less than once in 10⁸ checks (Student, 31 degrees of
 freedom: 5e-9 for one entry), even if the draws were not normal by a little; its error is a norm over all entries."""
 
@@ -56,6 +56,21 @@ class Answer:
         """The residual of a solve that says it converged, to a tolerance that the user chose; 0 for any other."""
         residual = told(self.stats, "residual")
         return float(residual) if residual is not None and told(self.stats, "converged") else 0.0
+
+
+def averaged(draws: Sequence[Tensor], stats: Stats | Mapping[str, Any] | None = None) -> Answer:
+    """Return the mean of draws, with how far it may be from its expectation.
+
+    Args:
+        draws: independent answers.
+        stats: the last one's.
+
+    Returns:
+        The answer.
+    """
+    drawn = torch.stack(list(draws))
+    error = torch.linalg.vector_norm(drawn.std(0)) / math.sqrt(len(drawn))
+    return Answer(drawn.mean(0), _DEVIATIONS * float(error), stats)
 
 
 def told(stats: Any, name: str) -> Any:
@@ -122,7 +137,7 @@ class Examined:
         if found is None or isinstance(found[1], bool) or not isinstance(found[1], Real):
             return self, 0.0
         path, value = found
-        counts = isinstance(value, Integral)
+        counts = settings.counts(self.estimator)
         if self.sampled or self.claims.exact:
             return (self._with(path, max(_SAMPLES if self.sampled else _ENOUGH, value)) if counts else self), 0.0
         enough = _STILL if counts else 1e-7
@@ -148,7 +163,7 @@ class Examined:
     def at_least(self, count: int) -> Examined:
         """Return the estimator with a knob that counts at no less than `count`."""
         found = settings.knob(self.estimator)
-        if found is None or not isinstance(found[1], Integral) or int(found[1]) >= count:
+        if found is None or not settings.counts(self.estimator) or found[1] >= count:
             return self
         return self._with(found[0], count)
 
@@ -161,8 +176,7 @@ class Examined:
         """
         if self.claims.exact:
             return 1e-8
-        found = settings.knob(self.estimator)
-        return 1e-6 if found is not None and isinstance(found[1], Integral) else 1e-4
+        return 1e-6 if settings.counts(self.estimator) else 1e-4
 
     @property
     def promises_size(self) -> bool:
@@ -219,9 +233,29 @@ class Examined:
             return Answer(value, 0.0, stats)
         seeds = range(7919 * (self.seed + 1), 7919 * (self.seed + 1) + DRAWS)
         answers = [self._product(problem, v, **{**where, "seed": seed}) for seed in seeds]
-        drawn = torch.stack([value for value, _ in answers])
-        error = torch.linalg.vector_norm(drawn.std(0)) / math.sqrt(DRAWS)
-        return Answer(drawn.mean(0), DEVIATIONS * float(error), answers[-1][1])
+        return averaged([value for value, _ in answers], answers[-1][1])
+
+    def program_answer(
+        self, program: Multilevel, params: dict[str, Tree], batches: Mapping[str, Any] | None = None
+    ) -> Answer:
+        """Return a program's hypergradient of level "x", the mean over seeds for an estimator that draws.
+
+        Args:
+            program: the program, whose estimators are this one.
+            params: where it stands.
+            batches: its batches.
+
+        Returns:
+            The answer.
+        """
+        state = program.init(params)
+
+        def once(seed: int) -> Tensor:
+            return ravel(self.hypergradient(program, replace(state, seed=seed), batches or {}, of="x"))
+
+        if not self.sampled:
+            return Answer(once(0))
+        return averaged([once(7919 * (self.seed + 1) + draw) for draw in range(DRAWS)])
 
     def target(self, problem: Matrices, v: Tree, *, steps: int = STEPS, damping: float | None = None) -> Tensor:
         """Return what Jᵀv should be on a problem whose φ is the identity, with gradient descent of rate 1.
@@ -253,6 +287,11 @@ class Examined:
 
     def _easy(self) -> Matrices:
         return Matrices(symmetric(4, 10.0, self.seed), cross(4, 3, self.seed + 1))
+
+
+def unit(x: Tensor) -> Tensor:
+    """Return a vector's direction; zero for zero."""
+    return x / (x.norm() or 1.0)
 
 
 def distance(answer: Tensor, expected: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 from funcmlo.hypergrad.base import BestResponse
@@ -76,6 +77,12 @@ def knob(estimator: BestResponse) -> tuple[tuple[str, ...], Any] | None:
     name = estimator.claims.knob
     path = next(owners(estimator, name), None) if name else None
     return None if path is None else (path, get(estimator, path))
+
+
+def counts(estimator: BestResponse) -> bool:
+    """Say whether the estimator's knob counts something, as iterations or samples do."""
+    found = knob(estimator)
+    return found is not None and isinstance(found[1], Integral) and not isinstance(found[1], bool)
 
 
 def dampings(estimator: BestResponse) -> list[tuple[tuple[str, ...], float]]:

@@ -12,6 +12,10 @@ Reason = Callable[[Examined], str | None]
 """Says why a check does not apply to an estimator; None where it does."""
 
 
+class NotApplicableError(Exception):
+    """Raised by a check that finds, as it runs, that it does not apply; its message says why."""
+
+
 @dataclass(frozen=True)
 class Check:
     """One property of an estimator, under a name that says what is wrong where it fails.
@@ -59,6 +63,11 @@ def implicit(examined: Examined) -> str | None:
 def unrolled(examined: Examined) -> str | None:
     """Skip estimators that do not follow the inner steps."""
     return None if examined.unrolled else f"its target is the {examined.claims.target} derivative"
+
+
+def exact(examined: Examined) -> str | None:
+    """Skip estimators that do not claim to be exact."""
+    return None if examined.claims.exact else "it does not claim to be exact"
 
 
 def settled(examined: Examined) -> str | None:

@@ -190,13 +190,8 @@ def state_carried(examined: Examined) -> Finding:
     _, state, _ = examined.estimator.vjp(at, u, state)
     products, _, _ = examined.estimator.vjp(at, v, state)
     fresh = examined.answer(problem, v)
-    residual = fresh.residual
-    allowed = 2 * examined.accuracy + (6 * residual if residual < 1e-2 else 0.0)
+    allowed = 2 * examined.accuracy + (6 * fresh.residual if fresh.residual < 1e-2 else 0.0)
     return Finding(distance(ravel(products["x"]), fresh.value), allowed, "the answer depends on the call before it")
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x / (x.norm() or 1.0)
 
 
 def _fingerprint(tree: Tree) -> list[tuple[int, bytes]]:

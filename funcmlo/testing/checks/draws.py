@@ -11,7 +11,7 @@ from torch import Tensor
 from funcmlo.operators import ravel
 from funcmlo.testing import settings
 from funcmlo.testing.checks.base import Check, any_level, check
-from funcmlo.testing.examined import DEVIATIONS, DRAWS, Answer, Examined
+from funcmlo.testing.examined import DRAWS, Answer, Examined, averaged
 from funcmlo.testing.matrices import Batched, Matrices, cross, flat, normal, symmetric
 from funcmlo.testing.outcome import Finding
 
@@ -23,8 +23,7 @@ def _draws(examined: Examined) -> str | None:
 def _samples(examined: Examined) -> str | None:
     if not examined.sampled:
         return "it draws no directions"
-    found = settings.knob(examined.estimator)
-    return None if found is not None and isinstance(found[1], int) else "its knob does not count samples"
+    return None if settings.counts(examined.estimator) else "its knob does not count samples"
 
 
 @check(any_level, _draws, lambda e: None if e.sampled else "its draws are batches")
@@ -64,8 +63,7 @@ def few_samples_biased(examined: Examined) -> Finding:
     for draw in range(256):
         at = examined.at(problem, start=start, steps=1, seed=100_003 * (examined.seed + 1) + draw)
         drawn.append(ravel(two.vjp(at, v, two.init(at.params))[0]["x"]))
-    values = torch.stack(drawn)
-    answer = Answer(values.mean(0), DEVIATIONS * float(values.std(0).norm()) / 16)
+    answer = averaged(drawn)
     return _apart(answer, v, f"with two samples the mean is {float(answer.value):.3g} of the target")
 
 
@@ -104,10 +102,9 @@ def biased_by_batches(examined: Examined) -> Finding:
     """With fresh batches in every product the mean is the answer of the mean batch."""
     problem = Matrices(symmetric(3, 3.0, examined.seed), cross(3, 2, examined.seed))
     noisy, v = _Noisy(problem), normal(flat(3), examined.seed + 1)
-    drawn = torch.stack([noisy.answer(examined, v, draw) for draw in range(64)])
-    error = 8.0 * float(drawn.std(0).norm()) / 8.0  # eight standard errors of a mean of 64
+    answer = averaged([noisy.answer(examined, v, draw) for draw in range(64)])
     expected = ravel(examined.estimator.vjp(examined.at(problem), v, examined.estimator.init(flat(3)))[0]["x"])
-    return _apart(Answer(drawn.mean(0), error), expected, "the mean over batches is not the answer of their mean")
+    return _apart(answer, expected, "the mean over batches is not the answer of their mean")
 
 
 @dataclass(frozen=True)

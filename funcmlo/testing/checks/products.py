@@ -8,8 +8,8 @@ from torch import Tensor
 from funcmlo import _tree
 from funcmlo.operators import ravel
 from funcmlo.testing.by_hand import solved
-from funcmlo.testing.checks.base import Check, any_level, check, implicit, settled, sized
-from funcmlo.testing.examined import STEPS, Answer, Examined, distance
+from funcmlo.testing.checks.base import Check, any_level, check, exact, implicit, settled, sized
+from funcmlo.testing.examined import STEPS, Answer, Examined, distance, unit
 from funcmlo.testing.matrices import Matrices, cross, flat, normal, symmetric
 from funcmlo.testing.outcome import Finding
 
@@ -126,10 +126,6 @@ def several_inputs(examined: Examined) -> Finding:
     return Finding(float(_tree.norm(products["z"])), 0.0, "the cotangent of an input that the cost does not read is not 0")
 
 
-def _inexact(examined: Examined) -> str | None:
-    return None if examined.claims.exact else "it does not claim to be exact"
-
-
 @check(any_level, settled)
 def inputs_confused(examined: Examined) -> Finding:
     """Two inputs of one shape that are both read: each has its own product."""
@@ -146,11 +142,11 @@ def inputs_confused(examined: Examined) -> Finding:
     products, _, stats = examined.estimator.vjp(at, v, examined.estimator.init(at.params))
     answer, expected = torch.cat([products["x"], products["z"]]), examined.target(problem, v)
     if not examined.promises_size:
-        answer, expected = answer / answer.norm(), expected / expected.norm()
+        answer, expected = unit(answer), unit(expected)
     return judged(examined, Answer(answer, 0.0, stats), expected, 3.0, "two inputs that are both read are confused")
 
 
-@check(any_level, settled, _inexact)
+@check(any_level, settled, exact)
 def cancels_in_float32(examined: Examined) -> Finding:
     """A cost of size 1e-5 in float32: the answer keeps float32's digits, and nothing larger is subtracted on the way."""
     small, single = 1e-5, torch.float32

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torchopt
@@ -17,7 +16,7 @@ from funcmlo.multilevel import Multilevel
 from funcmlo.operators import ravel
 from funcmlo.testing.checks.base import Check, any_level, check, settled, sized
 from funcmlo.testing.checks.products import judged
-from funcmlo.testing.examined import DEVIATIONS, DRAWS, Answer, Examined
+from funcmlo.testing.examined import Examined
 from funcmlo.testing.matrices import cross, flat, normal, symmetric
 from funcmlo.testing.outcome import Finding
 
@@ -31,7 +30,7 @@ def direct_gradient_missing(examined: Examined) -> Finding:
         Level("y", lambda y, x: 0.5 * y @ y - y @ (b @ x), torchopt.sgd(1.0), steps=2, response=examined.estimator),
         Level("x", lambda x, y: 0.5 * x @ x + w @ y, torchopt.sgd(0.1)),
     )
-    answer = _hypergradient(examined, program, {"y": flat(3), "x": x})
+    answer = examined.program_answer(program, {"y": flat(3), "x": x})
     indirect = b.T @ w / (1 + examined.damping)
     told = "the hypergradient is not ∇_x f + Jᵀ∇_y f"
     for times, what in ((0.0, "without ∇_x f"), (2.0, "with ∇_x f twice")):
@@ -60,7 +59,7 @@ def path_counted_twice(examined: Examined) -> Finding:
         solution("third", d, "first"),
         Level("x", lambda x, second, third: 0.5 * x @ x + w @ second + z @ third, torchopt.sgd(0.1)),
     )
-    answer = _hypergradient(examined, program, {"first": flat(n), "second": flat(n), "third": flat(n), "x": x})
+    answer = examined.program_answer(program, {"first": flat(n), "second": flat(n), "third": flat(n), "x": x})
     scale = 1 / (1 + examined.damping) ** 2
     paths = {"second": scale * b.T @ c.T @ w, "third": scale * b.T @ d.T @ z}
     expected = x + paths["second"] + paths["third"]
@@ -144,19 +143,6 @@ def _gradient(examined: Examined) -> Callable[[Tensor], Tensor]:
     objective = torch.func.grad(lambda x: torch.sin(solve(flat(3), x)).sum())
     found: Callable[[Tensor], Tensor] = objective
     return found
-
-
-def _hypergradient(examined: Examined, program: Multilevel, params: dict[str, Tensor]) -> Answer:
-    """A program's hypergradient of level x, the mean over seeds for an estimator that draws."""
-    state = program.init(params)
-
-    def once(seed: int) -> Tensor:
-        return ravel(examined.hypergradient(program, replace(state, seed=seed), {}, of="x"))
-
-    if not examined.sampled:
-        return Answer(once(0))
-    drawn = torch.stack([once(7919 * (examined.seed + 1) + draw) for draw in range(DRAWS)])
-    return Answer(drawn.mean(0), DEVIATIONS * float(drawn.std(0).norm()) / math.sqrt(DRAWS))
 
 
 CHECKS: tuple[Check, ...] = (
