@@ -73,6 +73,11 @@ def argmin(
         Grazzi et al. 2020, arXiv 2006.16218; Blondel et al. 2022, arXiv 2105.15183.
     """
     level = Level("argmin", loss, optimizer, steps=steps, response=response, project=project, maximize=maximize)
+    if level.cost_buffers:
+        raise DefinitionError(
+            f"argmin: its loss reads {listing(map(repr, level.cost_buffers))}, but a function keeps no buffers; name the "
+            "argument otherwise and hand them in as an input, or leave them out: net(params, x) takes the module's own."
+        )
     if not isinstance(response, BestResponse):
         raise DefinitionError("argmin takes one response; a dict by level name is for the levels of a program.")
     if not steps and response.requires != "solution":

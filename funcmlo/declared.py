@@ -9,6 +9,7 @@ from funcmlo.describe import compact
 from funcmlo.errors import DefinitionError, listing, suggest
 from funcmlo.graph import Graph
 from funcmlo.level import Level
+from funcmlo.signature import BUFFERS, holder
 
 
 def check_levels(levels: Sequence[Level], graph: Graph, users: Mapping[str, Sequence[str]]) -> None:
@@ -32,6 +33,18 @@ def check_levels(levels: Sequence[Level], graph: Graph, users: Mapping[str, Sequ
                 "leave them out (pass its parameters to program.init)."
             )
     for level in levels:
+        for source in level.cost_buffers:
+            owner = holder(source, level.name)
+            if owner not in by_name:
+                raise DefinitionError(
+                    f"level '{level.name}': its loss reads '{source}', but '{owner}' is no level"
+                    f"{suggest(owner, graph.levels)} Levels: {listing(graph.levels)}."
+                )
+            if source != BUFFERS and owner == level.name:
+                raise DefinitionError(
+                    f"level '{level.name}': its loss reads '{source}', its own buffers; call that argument 'buffers', and "
+                    "return the new ones: (cost, {'buffers': new})."
+                )
         if isinstance(level.response, Mapping):
             _check_responses(level.name, level.response, graph, users[level.name])
 

@@ -10,7 +10,7 @@ import torch
 
 from funcmlo.errors import DefinitionError
 from funcmlo.hypergrad.base import BestResponse
-from funcmlo.signature import BATCH, BUFFERS, Call
+from funcmlo.signature import BATCH, Call, are_buffers
 from funcmlo.solver import Solver
 
 
@@ -26,7 +26,7 @@ def check_fields(level: Any) -> None:
     name = level.name
     if not isinstance(name, str) or not name.isidentifier():
         raise DefinitionError(f"a level's name is an argument name, so an identifier is expected; {name!r} came.")
-    if name in (BATCH, BUFFERS) or name.endswith("_buffers"):
+    if name == BATCH or are_buffers(name):
         raise DefinitionError(f"level name '{name}' is reserved for what losses read besides levels; choose another.")
     if not callable(level.loss):
         raise DefinitionError(f"level '{name}': loss must be a function, but {type(level.loss).__name__} came.")
@@ -108,8 +108,8 @@ def check_sources(name: str, call: Call | None, what: str) -> None:
         DefinitionError: it reads what it cannot.
     """
     for source in call.sources if call else ():
-        if source == BUFFERS or source.endswith("_buffers"):
-            raise DefinitionError(f"level '{name}': its {what} reads '{source}', but buffers are not carried yet.")
+        if are_buffers(source) and what != "loss":
+            raise DefinitionError(f"level '{name}': its {what} reads '{source}'; only a loss can read buffers.")
         if source == BATCH and what not in {"loss", "solver"}:
             raise DefinitionError(f"level '{name}': its {what} reads a batch; only a loss or a solver can.")
         if source == name:

@@ -12,6 +12,7 @@ from funcmlo import _random, _tree
 from funcmlo._tree import Tree
 from funcmlo.errors import EstimatorError, ParameterError, listing, suggest
 from funcmlo.level import Level
+from funcmlo.signature import holder
 from funcmlo.state import State
 
 
@@ -28,7 +29,7 @@ def first_state(
         levels: the levels, lowest first.
         users: for each level, the levels that may differentiate through it, in either composition.
         params: each level's parameters; those of a level with `init=` may be missing.
-        buffers: not carried yet.
+        buffers: each level's buffers; those of a level whose buffers no loss reads may be missing.
         seed: where all randomness comes from.
 
     Returns:
@@ -46,13 +47,14 @@ def first_state(
         )
     if not isinstance(params, Mapping):
         raise ParameterError(f"init takes a dict from level names to parameters; {type(params).__name__} came.")
-    if buffers:
-        raise ParameterError(f"init got buffers for {listing(buffers)}, but buffers are not carried yet; leave them out.")
-    for name in params:
-        if name not in names:
-            raise ParameterError(
-                f"init got parameters for '{name}', which is no level{suggest(name, names)} Levels: {listing(names)}."
-            )
+    if not isinstance(buffers, Mapping):
+        raise ParameterError(f"init takes buffers= as a dict from level names to buffers; {type(buffers).__name__} came.")
+    for what, given in (("parameters", params), ("buffers", buffers)):
+        for name in given:
+            if name not in names:
+                raise ParameterError(
+                    f"init got {what} for '{name}', which is no level{suggest(name, names)} Levels: {listing(names)}."
+                )
     seed = _random.checked_seed("init", seed)
 
     own: dict[str, Tree] = {}
@@ -77,7 +79,7 @@ def first_state(
         params={name: own[name] for name in names},
         optimizer={level.name: level.optimizer_for(own).init(own[level.name]) for level in levels},
         response={level.name: _response(level, users[level.name], own[level.name]) for level in levels},
-        buffers={name: {} for name in names},
+        buffers=_buffers(levels, buffers),
         step=dict.fromkeys(names, 0),
         seed=seed,
     )
@@ -89,6 +91,22 @@ def _response(level: Level, users: Sequence[str], params: Tree) -> Any:
         states = {upper: level.response[upper].init(params) if upper in level.response else None for upper in users}
         return states if len(users) > 1 else next(iter(states.values()), None)
     return {upper: level.response.init(params) for upper in users} if len(users) > 1 else level.response.init(params)
+
+
+def _buffers(levels: Sequence[Level], given: Mapping[str, Tree]) -> dict[str, Tree]:
+    """Copy the buffers, or say what is missing or is none."""
+    for level in levels:
+        for source in level.cost_buffers:
+            if (name := holder(source, level.name)) not in given:
+                raise ParameterError(
+                    f"init got no buffers for level '{name}', which the loss of level '{level.name}' reads as "
+                    f"'{source}'; pass buffers={{'{name}': net.buffers()}}."
+                )
+    for name, tree in given.items():
+        for path, leaf in _tree.named_leaves(tree):
+            if not isinstance(leaf, Tensor):
+                raise ParameterError(f"level '{name}': buffer {path} is {type(leaf).__name__}; expected a tensor.")
+    return {level.name: _tree.map(lambda x: x.detach().clone(), given.get(level.name, {})) for level in levels}
 
 
 def _parameters(name: str, tree: Tree) -> Tree:

@@ -14,7 +14,7 @@ from funcmlo.errors import DefinitionError
 from funcmlo.fields import check_fields, check_sources, is_transformation
 from funcmlo.hypergrad.base import BestResponse
 from funcmlo.hypergrad.finite_difference import FiniteDifference
-from funcmlo.signature import BATCH, Call, declared_in, read_call, reads_nothing
+from funcmlo.signature import BATCH, BUFFERS, Call, declared_in, read_call, reads_nothing
 from funcmlo.solver import STATELESS, Solver
 
 
@@ -22,12 +22,16 @@ from funcmlo.solver import STATELESS, Solver
 class Level:
     """One problem: min over its own parameters of a cost that may read other levels' parameters and a batch.
 
-    The loss's first argument is the level's own parameters; the others are level names or `batch`, by position, or by
-    keyword where they are keyword-only. Arguments with a default or bound by `functools.partial` are constants.
+    The loss's first argument is the level's own parameters; the others are level names, `batch` or buffers, by position,
+    or by keyword where they are keyword-only. Arguments with a default or bound by `functools.partial` are constants.
+
+    A loss that names `buffers` receives the level's own and returns (cost, {"buffers": new}): they move on once for each
+    update, and every evaluation that belongs to the update sees them as they were before it. `<level>_buffers` are another
+    level's. Nothing is differentiated by buffers, as everywhere in torch.
 
     Args:
         name: the level's name, which other levels' losses use as an argument name.
-        loss: `loss(params, …)` → a 0-d tensor, or (0-d tensor, dict of metrics).
+        loss: `loss(params, …)` → a 0-d tensor, or (0-d tensor, dict of metrics and new buffers).
         optimizer: a torchopt transformation such as `torchopt.sgd(0.1)`; or a function of level names that returns
             one, `lambda rates: torchopt.sgd(rates["lr"])`, so that its hyperparameters are a level's parameters; or an
             outside `Solver`.
@@ -135,6 +139,16 @@ class Level:
     def cost_levels(self) -> tuple[str, ...]:
         """The levels that the loss itself reads."""
         return self._cost.levels
+
+    @property
+    def cost_buffers(self) -> tuple[str, ...]:
+        """The buffers that the loss reads, `buffers` for its own and `<level>_buffers` for others'."""
+        return self._cost.buffers
+
+    @property
+    def carries_buffers(self) -> bool:
+        """Whether the level has buffers of its own, which its loss moves on."""
+        return BUFFERS in self._cost.buffers
 
     @property
     def start_levels(self) -> tuple[str, ...]:

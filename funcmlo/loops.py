@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from funcmlo import _diff, _tracing, _tree, unroll
+from funcmlo import _tracing, _tree, unroll
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed, forget
+from funcmlo.binding import bound, buffers, next_cost, with_buffers
 from funcmlo.finite import Event
 from funcmlo.fold import Folded, total_gradient
 from funcmlo.graph import Graph
@@ -48,7 +49,7 @@ class Walk:
         solved: each level's last inner loop.
         outcomes: what the metrics need of it.
         events: what is looked at for finiteness in the end.
-        returning: where a level with `roll_back=True` will return to: its loop, its standing and its step then.
+        returning: where a level with `roll_back=True` will return to: its loop, and its standing, buffers and step then.
     """
 
     levels: Mapping[str, Level]
@@ -60,7 +61,7 @@ class Walk:
     solved: dict[str, Solved] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
-    returning: dict[str, tuple[Loop, Standing, int]] = field(default_factory=dict)
+    returning: dict[str, tuple[Loop, Standing, Tree, int]] = field(default_factory=dict)
 
     def run(self, loop: Loop) -> None:
         """Run an inner loop, with what is due before it: its level's roll-back, and its warm-up."""
@@ -72,7 +73,7 @@ class Walk:
             self._loop(replace(loop, steps=level.warmup - self.state.step[name]), "solution")
             loop = whole(loop, loop.steps)
         if level.roll_back:
-            self.returning[name] = (loop, self._standing(name), self.state.step[name])
+            self.returning[name] = (loop, self._standing(name), self.state.buffers[name], self.state.step[name])
         self._loop(loop, self._requires(name), self._keep(name, loop.steps))
 
     def finish(self) -> None:
@@ -119,8 +120,7 @@ class Walk:
 
     def problem(self, name: str) -> Problem:
         """Return a level with its batches and its randomness bound, at its next step."""
-        feed = self.feeds.get(name, no_batch)  # of a level that only begins, no batch is asked
-        return Problem(self.levels[name], feed, self.state.seed, self.state.step[name])
+        return bound(self.levels[name], self.feeds, self.state)
 
     def _arrive(self, name: str, loop: Loop | None) -> None:
         """Take a level to the first update of its loop: where it begins, the levels below solved."""
@@ -140,7 +140,7 @@ class Walk:
             return
         run = unroll.run(problem, standing, self._inputs(name), loop.steps, requires, keep)
         self.solved[name] = run.solved
-        self._put(name, (run.solved.params, run.solved.opt_state), loop.steps)
+        self._put(name, (run.solved.params, run.solved.opt_state), loop.steps, run.fixed)
         self._note(name, run.costs, run.solved.params, None, run.aux)
 
     def _interleaved(self, loop: Loop, problem: Problem, standing: Standing, requires: Requires, keep: Keep) -> None:
@@ -161,10 +161,11 @@ class Walk:
             inputs = self._inputs(name)
             if t in keep.before:
                 stays[t] = held(self._standing(name), keep.on_cpu)
+            problem = replace(problem, fixed=buffers(problem.level, self.state))
             cost, indirect = self._update(problem, inputs, t, costs)
             costs.append(cost)
             if requires != "solution" or t in keep.before or t == loop.steps - 1:  # only then is it run again
-                passages.append(Passage(inputs, indirect))
+                passages.append(Passage(inputs, indirect, problem.fixed))
             elif not problem.level.roll_back:
                 forget(problem.feed, problem.first + t)
             if requires == "trajectory":
@@ -187,7 +188,8 @@ class Walk:
             folded = self._fold(problem, t)
             params, opt_state = problem.apply(*self._standing(name), inputs, folded.gradient, t)
             cost, aux = folded.cost, folded.aux
-        self._put(name, (params, opt_state))
+        after, aux = problem.after(aux)
+        self._put(name, (params, opt_state), fixed=after.fixed)
         self._note(name, [*costs, cost], params, folded, aux)
         return cost, folded.indirect if folded else None
 
@@ -205,8 +207,9 @@ class Walk:
         """Return a level to where its last inner loop began and make one update there, if that is due."""
         if name not in self.returning:
             return False
-        loop, standing, step = self.returning.pop(name)
-        self.state = replace(self.state, step={**self.state.step, name: step})
+        loop, standing, held_then, step = self.returning.pop(name)
+        then = {**self.state.step, name: step}
+        self.state = replace(self.state, step=then, buffers={**self.state.buffers, name: held_then})
         self._put(name, standing)
         told = self.outcomes[name]
         self._loop(whole(loop, 1), "solution")
@@ -229,10 +232,10 @@ class Walk:
     def _standing(self, name: str) -> Standing:
         return self.state.params[name], self.state.optimizer[name]
 
-    def _put(self, name: str, standing: Standing, steps: int = 0) -> None:
+    def _put(self, name: str, standing: Standing, steps: int = 0, fixed: Mapping[str, Any] | None = None) -> None:
         """Move a level on."""
         self.state = replace(
-            self.state,
+            self.state if fixed is None else with_buffers(self.state, name, fixed),
             params={**self.state.params, name: standing[0]},
             optimizer={**self.state.optimizer, name: standing[1]},
             step={**self.state.step, name: self.state.step[name] + steps},
@@ -248,17 +251,6 @@ class Walk:
             self.events.append(Event(name, costs, moved))
         else:
             self.events.append(Event(name, costs[-1:], moved, _tree.finite(folded.gradient), folded.plain_stats()))
-
-
-def next_cost(problem: Problem, params: Tree, inputs: dict[str, Tree]) -> Tensor:
-    """Return a level's cost at its next step as a plain value; inside, the loss may take gradients, as in an update."""
-    value, _, _ = _diff.vjp(lambda own, x: problem.cost(own, x, 0), [params, inputs])
-    cost: Tensor = value
-    return cost
-
-
-def no_batch(t: int) -> None:
-    """The feed of a level that makes no update in this call."""
 
 
 _STRONGEST_FIRST: tuple[Requires, ...] = ("trajectory", "replay", "solution")

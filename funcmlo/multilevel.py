@@ -99,16 +99,17 @@ class Multilevel:
         Args:
             params: each level's parameters, trees of floating-point tensors, which are copied. A level with `init=` may
                 be left out.
-            buffers: not carried yet; must be empty.
+            buffers: by level name, the buffers that losses read: trees of tensors, which are copied.
             seed: the integer from which all randomness follows.
 
         Returns:
             The state before the first step.
 
         Raises:
-            ParameterError: a level's parameters are missing, unknown, or no tree of floating-point tensors.
+            ParameterError: a level's parameters are missing, unknown, or no tree of floating-point tensors; buffers that a
+                loss reads are missing, or are no tensors.
         """
-        return first_state(self.levels, self._keepers, params, buffers or {}, seed)
+        return first_state(self.levels, self._keepers, params, {} if buffers is None else buffers, seed)
 
     def step(self, state: State, batches: Mapping[str, Any]) -> tuple[State, dict[str, dict[str, Any]]]:
         """Make one outer step, in the order that `schedule()` tells.
@@ -273,6 +274,7 @@ def _advance(work: Walk | Nest, before: Sequence[Loop | str]) -> None:
 
 def _unchanged(state: State, batches: Mapping[str, Any]) -> AbstractContextManager[None]:
     watched = {f"the parameters of level '{name}' were": tree for name, tree in state.params.items()}
+    watched |= {f"the buffers of level '{name}' were": tree for name, tree in state.buffers.items()}
     fixed = {name: batch for name, batch in batches.items() if not (callable(batch) or isinstance(batch, Iterator))}
     watched |= {f"the batch of level '{name}' was": batch for name, batch in fixed.items()}
     return untouched(watched, "The numbers that came in are changed now.")

@@ -21,6 +21,7 @@ from torch import Tensor
 from funcmlo import _diff, _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed
+from funcmlo.binding import bound, next_cost, with_buffers
 from funcmlo.dependence import Dependence
 from funcmlo.errors import EstimatorError
 from funcmlo.finite import Event
@@ -30,7 +31,7 @@ from funcmlo.hypergrad.itd import NO_STEPS
 from funcmlo.hypergrad.solved import Solved, Standing
 from funcmlo.hypergrad.stats import Stats
 from funcmlo.level import Level
-from funcmlo.loops import Outcome, next_cost, no_batch
+from funcmlo.loops import Outcome
 from funcmlo.problem import Problem
 from funcmlo.schedule import Loop
 from funcmlo.solution import SolutionMap
@@ -119,9 +120,8 @@ class Nest:
         self, k: str, own: Tree, values: Values, state: State, t: int, known: State | None = None
     ) -> tuple[Tensor, Any, State, Values]:
         """T_k at a point, the levels below solved there from `state` on, or solved already in `known`."""
-        problem = self._problem(k, state)
         values, state = self._solved_below(k, own, values, state, known)
-        value, aux = problem.cost(own, self._inputs(k, values, state), t)
+        value, aux = self._problem(k, state).cost(own, self._inputs(k, values, state), t)
         return value, aux, state, values
 
     def _solved_below(
@@ -222,8 +222,10 @@ class Nest:
             inputs = self._inputs(name, {**values, **solutions}, after)
             standing = list(problem.apply(*_standing(name, after), inputs, folded.gradient, t))
             cost, aux = folded.cost, folded.aux
+        moved, aux = self._problem(name, after).after(aux)
         if not self._again:
             self._note(name, [*costs, cost], standing[0], folded, aux)
+        after = with_buffers(after, name, moved.fixed)
         return _put(after, name, (standing[0], standing[1])), cost
 
     def _begun(self, name: str, values: Values, state: State) -> State:
@@ -255,7 +257,7 @@ class Nest:
         return under
 
     def _problem(self, name: str, state: State) -> Problem:
-        return Problem(self.levels[name], self.feeds.get(name, no_batch), state.seed, state.step[name])
+        return bound(self.levels[name], self.feeds, state)
 
     def _inputs(self, name: str, values: Values, state: State) -> Values:
         return {source: values.get(source, state.params[source]) for source in self.levels[name].reads_levels}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from funcmlo.batches import Feed
 from funcmlo.describe import compact
 from funcmlo.errors import DefinitionError, EstimatorError, FuncmloWarning, LossError, ParameterError, listing
 from funcmlo.level import Level
-from funcmlo.signature import BATCH, Call
+from funcmlo.signature import BATCH, BUFFERS, Call
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Problem:
         feed: its batches by step.
         seed: the program's seed.
         first: the step that the level makes next, counted from its first step ever.
-        fixed: inputs that nothing is ever differentiated by.
+        fixed: what the loss reads and nothing is ever differentiated by: buffers as they are now, constant inputs.
     """
 
     level: Level
@@ -55,6 +55,31 @@ class Problem:
             returned = self.level.cost(params, {**self.fixed, **inputs}, batch)
         value, aux = _checked_cost(self.level.name, returned)
         return (-value if self.level.maximize else value), aux
+
+    def after(self, aux: dict[str, Any]) -> tuple[Problem, dict[str, Any]]:
+        """Return the problem with the level's buffers as an update left them.
+
+        Args:
+            aux: what the loss returned beside the cost.
+
+        Returns:
+            The problem, and the metrics alone.
+
+        Raises:
+            LossError: the loss reads buffers and did not return new ones, or other ones.
+        """
+        if not self.level.carries_buffers:
+            return self, aux
+        name = self.level.name
+        if BUFFERS not in aux:
+            raise LossError(
+                f"level '{name}': its loss reads buffers, but returned no new ones; expected (cost, {{'buffers': new}}), "
+                "with output, new = net(params, x, buffers=buffers)."
+            )
+        if difference := _tree.mismatch(self.fixed[BUFFERS], aux[BUFFERS]):
+            raise LossError(f"level '{name}': the buffers that its loss returned and those it got differ: {difference}.")
+        fixed = {**self.fixed, BUFFERS: _tree.detach(aux[BUFFERS])}
+        return replace(self, fixed=fixed), {key: value for key, value in aux.items() if key != BUFFERS}
 
     def evaluate(self, call: Call, first: Tree, inputs: Mapping[str, Tree], t: int) -> Any:
         """Evaluate another function of the level's arguments, under the batch and the randomness of step first + t.

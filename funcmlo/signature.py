@@ -4,7 +4,8 @@ The rules, for losses, `init` functions and optimizer factories alike:
 
 - a parameter without a default is read, by position, or by keyword where it is keyword-only;
 - a parameter with a default, or bound by `functools.partial`, is a constant;
-- `reads={"argument": "level"}` renames, and declares what `*args` and `**kwargs` receive (in its order).
+- `reads={"argument": "level"}` renames, and declares what `*args` and `**kwargs` receive (in its order);
+- `batch` is the level's batch, `buffers` its own buffers, `<level>_buffers` another level's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from funcmlo.errors import DefinitionError, listing
 
 BATCH = "batch"
 BUFFERS = "buffers"
+_BUFFERS_OF = "_buffers"
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,18 @@ class Call:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Everything that is read: level names and `batch`."""
+        """Everything that is read: level names, `batch` and buffers."""
         return (*self.positional, *(source for _, source in self.keyword))
 
     @property
     def levels(self) -> tuple[str, ...]:
         """The level names that are read, each once."""
-        return tuple(dict.fromkeys(source for source in self.sources if source != BATCH))
+        return tuple(dict.fromkeys(s for s in self.sources if s != BATCH and not are_buffers(s)))
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        """The buffers that are read, `buffers` or `<level>_buffers`, each once."""
+        return tuple(dict.fromkeys(filter(are_buffers, self.sources)))
 
     def __call__(self, *own: Any, values: Mapping[str, Any]) -> Any:
         """Call the function with the level's own parameters, where it takes them, and the named values."""
@@ -53,6 +60,24 @@ class Call:
             *(values[source] for source in self.positional),
             **{argument: values[source] for argument, source in self.keyword},
         )
+
+
+def are_buffers(source: str) -> bool:
+    """Say whether a source is some level's buffers."""
+    return source == BUFFERS or source.endswith(_BUFFERS_OF)
+
+
+def holder(source: str, own: str) -> str:
+    """Return the level whose buffers a source is.
+
+    Args:
+        source: `buffers` or `<level>_buffers`.
+        own: the level that reads it.
+
+    Returns:
+        The level's name.
+    """
+    return own if source == BUFFERS else source.removesuffix(_BUFFERS_OF)
 
 
 def read_call(

@@ -18,7 +18,7 @@ class State:
         optimizer: each level's optimizer state.
         response: each level's estimator state (a warm start, say); None for estimators that keep nothing. Where several
             levels differentiate through it, a dict of such states by their names.
-        buffers: each level's buffers; empty dicts until modules with buffers are carried.
+        buffers: each level's buffers, such as BatchNorm's running statistics; empty dicts where there are none.
         step: how many updates each level has made; integers, constants under every map.
         seed: where all randomness comes from; an integer, a constant under every map.
     """

@@ -26,11 +26,13 @@ class Run:
         solved: the level at its solution.
         costs: the cost before each inner step, as the optimizer saw it.
         aux: the last step's metrics.
+        fixed: what the loss reads as constants, after the last step: its buffers have moved on.
     """
 
     solved: Solved
     costs: list[Tensor]
     aux: Any
+    fixed: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,12 @@ class Passage:
         inputs: the parameters of the levels that it reads; those of lower levels differ from step to step.
         correction: what the levels below added to the step's gradient (the level's hypergradient less its direct
             gradient), which the level's own best response takes to be constant; None for nothing.
+        fixed: what the loss read as constants, its buffers before the step; None for what is bound.
     """
 
     inputs: dict[str, Tree]
     correction: Tree = None
+    fixed: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,10 +114,14 @@ def run(
         states: list[Standing] = [(y, s)]
         costs: list[Tensor] = []
         aux: dict[str, Any] = {}
+        now, seen = problem, list[Mapping[str, Any]]()
         for t in range(steps):
             if t in keep.before:
                 stays[t] = held((y, s), keep.on_cpu)
-            y, s, cost, aux = problem.update(y, s, inputs, t)
+            if problem.level.carries_buffers:
+                seen = [*(seen if requires != "solution" else ()), now.fixed]
+            y, s, cost, aux = now.update(y, s, inputs, t)
+            now, aux = now.after(aux)
             if requires == "trajectory" or _tracing.transforming():
                 costs.append(cost)
             else:  # side by side: small tensors that stay, one by one, would riddle the heap that the steps work in
@@ -123,17 +131,19 @@ def run(
                 states.append((y, s))
             elif requires == "solution" and not problem.level.roll_back:
                 forget(problem.feed, problem.first + t)
-        return y, (s, tuple(states), costs, aux)
+        return y, (s, tuple(states), costs, aux, seen, now.fixed)
 
     trajectory: Trajectory | None = None
     if requires == "trajectory" and steps:
-        y, (s, states, costs, aux), pullback = _diff.vjp(loop, [inputs])
+        y, (s, states, costs, aux, seen, fixed), pullback = _diff.vjp(loop, [inputs])
         trajectory = Recorded(states, pullback)
     else:
         with torch.no_grad():
-            y, (s, states, costs, aux) = loop(inputs)
-    solved = hand_over(problem, standing, states[0], (y, s), [Passage(inputs)] * steps, inputs, trajectory, stays=stays)
-    return Run(solved, costs, aux)
+            y, (s, states, costs, aux, seen, fixed) = loop(inputs)
+    passages = [Passage(inputs, fixed=before) for before in seen]
+    passages = [passages[0] if passages else Passage(inputs)] * (steps - len(passages)) + passages
+    solved = hand_over(problem, standing, states[0], (y, s), passages, inputs, trajectory, stays=stays)
+    return Run(solved, costs, aux, fixed)
 
 
 def hand_over(
@@ -167,16 +177,21 @@ def hand_over(
     # Without inner steps the last step ever made is the one whose batch and randomness are bound.
     last = steps - 1 if steps else (-1 if problem.first else 0)
 
+    def then(t: int) -> Problem:
+        """The level with its buffers as they were before step t."""
+        fixed = passages[t].fixed if passages else None
+        return problem if fixed is None else replace(problem, fixed=fixed)
+
     def seen(x: dict[str, Tree], t: int | None) -> dict[str, Tree]:
         """The inputs of step t, moved as x is moved away from the last step's: exactly theirs at x = inputs."""
-        then = passages[t].inputs if passages and t is not None else inputs
+        own = passages[t].inputs if passages and t is not None else inputs
         return {
-            name: tree if then[name] is inputs[name] else _tree.add(then[name], _tree.subtract(tree, inputs[name]))
+            name: tree if own[name] is inputs[name] else _tree.add(own[name], _tree.subtract(tree, inputs[name]))
             for name, tree in x.items()
         }
 
     def loss(at: Tree, x: dict[str, Tree], draw: int | None = None) -> Tensor:
-        return problem.cost(at, x, last if draw is None else last + 1 + draw)[0]
+        return then(last).cost(at, x, last if draw is None else last + 1 + draw)[0]
 
     def number(t: int | None) -> int:
         return last if t is None else t
@@ -185,17 +200,17 @@ def hand_over(
         return passages[number(t)].correction if passages else None
 
     def update(at: Tree, state: Tree, x: dict[str, Tree], t: int | None = None) -> Standing:
-        return problem.update(at, state, seen(x, t), number(t), correction(t))[:2]
+        return then(number(t)).update(at, state, seen(x, t), number(t), correction(t))[:2]
 
     def updates(at: Tree, state: Tree, x: dict[str, Tree], gradient: Tree, t: int | None) -> tuple[Tree, Tree]:
         whole = gradient if correction(t) is None else _tree.add(gradient, correction(t))
         return problem.updates(at, state, seen(x, t), whole)
 
     def evaluate(call: Call, first: Tree, x: dict[str, Tree], draw: int | None = None) -> Any:
-        return problem.evaluate(call, first, x, last if draw is None else last + 1 + draw)
+        return then(last).evaluate(call, first, x, last if draw is None else last + 1 + draw)
 
     parts = Parts(
-        cost=lambda at, x, t: problem.cost(at, seen(x, t), number(t))[0],
+        cost=lambda at, x, t: then(number(t)).cost(at, seen(x, t), number(t))[0],
         updates=updates,
         excess=lambda at, x, t: problem.excess(at, seen(x, t), number(t)),
         correction=correction(None),

@@ -96,6 +96,7 @@ ORDER = [
     "state",
     "initial",
     "finite",
+    "binding",
     "loops",
     "nested",
     "multilevel",

@@ -122,8 +122,6 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         D,
         r"its loss reads 'y', the level itself.*first argument",
     ),
-    "buffers": (lambda: level(loss=lambda p, buffers: 0.0), D, r"reads 'buffers', but buffers are not carried yet"),
-    "another level's buffers": (lambda: level(loss=lambda p, x_buffers: 0.0), D, r"reads 'x_buffers'.*not carried yet"),
     "an init that takes a batch": (
         lambda: level(init=lambda batch: batch),
         D,
@@ -411,11 +409,6 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "an object for parameters": (lambda: program().init({**PARAMS, "x": object()}), P, r"is object; expected.*optree knows"),
     "a seed that is no integer": (lambda: program().init(PARAMS, seed=0.5), P, r"seed=0.5; expected an integer"),
-    "buffers for init": (
-        lambda: program().init(PARAMS, buffers={"y": {}}),
-        P,
-        r"buffers for y, but buffers are not carried",
-    ),
     "a start unlike the parameters": (
         lambda: step(init=lambda x: x[:1]),
         P,

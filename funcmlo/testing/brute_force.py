@@ -7,7 +7,7 @@ the order of the updates (`program.schedule()`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from funcmlo._argmin import Argmin
 from funcmlo._fixed_point import FixedPoint
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed, feeds
+from funcmlo.binding import bound, with_buffers
 from funcmlo.errors import EstimatorError, ParameterError
 from funcmlo.level import Level
 from funcmlo.multilevel import Multilevel
@@ -132,7 +133,7 @@ def _of_program(program: Multilevel, state: State, batches: Any, *, of: str) -> 
     for name in running - {of}:
         _followed(levels[name], state.step[name])
     feed = feeds([levels[name] for name in running], program.graph.levels, batches, state.step, pure=True)
-    world = _World(levels, feed, state.seed, dict(state.params), dict(state.optimizer), dict(state.step))
+    world = _World(levels, feed, state)
     with torch.enable_grad(), told(f"level '{of}'"):
         for item in before:
             world.begin(item) if isinstance(item, str) else world.run(item)
@@ -146,11 +147,7 @@ class _World:
 
     levels: dict[str, Level]
     feed: dict[str, Feed]
-    seed: int
-    params: dict[str, Tree]
-    optimizer: dict[str, Tree]
-    step: dict[str, int]
-    _reached: dict[str, Tree] = field(default_factory=dict)
+    state: State
 
     def run(self, loop: Loop) -> None:
         """Make all updates of a loop."""
@@ -160,10 +157,9 @@ class _World:
         name = loop.level
         for t in range(loop.steps):
             gradient, own = self.gradient(loop, t)
-            self.params[name], self.optimizer[name] = self._problem(name).apply(
-                own, self.optimizer[name], self._inputs(name), gradient, t
-            )
-        self.step[name] += loop.steps
+            problem, opt_state = self._problem(name), self.state.optimizer[name]
+            self._put(name, *problem.apply(own, opt_state, self._inputs(name), gradient, t))
+        self.state = replace(self.state, step={**self.state.step, name: self.state.step[name] + loop.steps})
 
     def gradient(self, loop: Loop, t: int) -> tuple[Tree, Tree]:
         """The total derivative of a level's cost before its update t, through the loops before it; and where it is taken.
@@ -188,28 +184,36 @@ class _World:
             raise EstimatorError(
                 f"unrolled: level '{name}' begins at solutions of the levels below it (init=), which it cannot follow."
             )
-        own = self.params[name]
-        at = self.params[name] = _own(own)
+        own = self.state.params[name]
+        at = _own(own)
+        self._put(name, at)
         for inner in loop.later if t else loop.first:
             self.run(inner)
-        gradient = _gradient(self._problem(name).cost(at, self._inputs(name), t)[0], at)
-        self.params[name] = own
-        return gradient, own
+        problem = self._problem(name)
+        cost, aux = problem.cost(at, self._inputs(name), t)
+        self._put(name, own)
+        self.state = with_buffers(self.state, name, problem.after(aux)[0].fixed)
+        return _gradient(cost, at), own
 
     def begin(self, name: str) -> None:
         """Take a level to where its inner loop begins."""
-        start = self._problem(name).start(self._inputs(name), self.params[name], self.optimizer[name])
-        self.params[name], self.optimizer[name] = start
+        standing = self.state.params[name], self.state.optimizer[name]
+        self._put(name, *self._problem(name).start(self._inputs(name), *standing))
 
     def cut(self) -> None:
         """Forget how the levels came where they are."""
-        self.params, self.optimizer = _tree.detach(self.params), _tree.detach(self.optimizer)
+        params, optimizer = _tree.detach(self.state.params), _tree.detach(self.state.optimizer)
+        self.state = replace(self.state, params=params, optimizer=optimizer)
+
+    def _put(self, name: str, params: Tree, opt_state: Tree = None) -> None:
+        optimizer = self.state.optimizer if opt_state is None else {**self.state.optimizer, name: opt_state}
+        self.state = replace(self.state, params={**self.state.params, name: params}, optimizer=optimizer)
 
     def _problem(self, name: str) -> Problem:
-        return Problem(self.levels[name], self.feed.get(name, lambda t: None), self.seed, self.step[name])
+        return bound(self.levels[name], self.feed, self.state)
 
     def _inputs(self, name: str) -> dict[str, Tree]:
-        return {source: self.params[source] for source in self.levels[name].reads_levels}
+        return {source: self.state.params[source] for source in self.levels[name].reads_levels}
 
 
 def _own(tree: Tree) -> Tree:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed
+from funcmlo.binding import no_batch
 from funcmlo.hypergrad.base import BestResponse
 from funcmlo.hypergrad.solved import Solved
 from funcmlo.level import Level
-from funcmlo.loops import no_batch
 from funcmlo.problem import Problem
 from funcmlo.unroll import run
 

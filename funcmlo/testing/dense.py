@@ -19,6 +19,7 @@ from funcmlo._argmin import Argmin
 from funcmlo._fixed_point import FixedPoint
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed, feeds
+from funcmlo.binding import bound
 from funcmlo.dependence import dependence
 from funcmlo.errors import EstimatorError, FuncmloWarning, ParameterError
 from funcmlo.multilevel import Multilevel
@@ -164,7 +165,7 @@ class _Solved:
         """A level's cost at its next step, or at the last one that it made."""
         level = next(level for level in self.program.levels if level.name == name)
         last = 0 if ahead or not self.state.step[name] else -1
-        return Problem(level, self.feed[name], self.state.seed, self.state.step[name]).cost(own, inputs, last)[0]
+        return bound(level, self.feed, self.state).cost(own, inputs, last)[0]
 
     def reads(self, name: str) -> dict[str, Tree]:
         level = next(level for level in self.program.levels if level.name == name)
