@@ -1,6 +1,6 @@
 """funcmlo: hypergradients through multilevel optimization problems, stateless, on torch.func and torchopt."""
 
-from funcmlo import testing
+from funcmlo import optim, projections, testing, transforms
 from funcmlo._argmin import argmin
 from funcmlo._compare import compare
 from funcmlo._fixed_point import fixed_point
@@ -55,6 +55,7 @@ from funcmlo.schedule import Schedule
 from funcmlo.solver import Solver
 from funcmlo.state import State
 from funcmlo.stateless import Stateless
+from funcmlo.tasks import Shared, per_task
 
 __version__ = "0.1.0"
 
@@ -103,6 +104,7 @@ __all__ = [
     "Probe",
     "Resampled",
     "Schedule",
+    "Shared",
     "Solved",
     "Solver",
     "State",
@@ -111,6 +113,10 @@ __all__ = [
     "argmin",
     "compare",
     "fixed_point",
+    "optim",
+    "per_task",
     "probe",
+    "projections",
     "testing",
+    "transforms",
 ]

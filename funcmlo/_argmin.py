@@ -15,6 +15,7 @@ from funcmlo import _tracing, _tree, operands
 from funcmlo._random import checked_seed
 from funcmlo._tree import Tree
 from funcmlo.batches import feeds
+from funcmlo.doubts import blind
 from funcmlo.errors import BatchError, DefinitionError, EstimatorError, FuncmloWarning, listing
 from funcmlo.hypergrad.base import BestResponse
 from funcmlo.hypergrad.solved import Closed, Solved
@@ -94,6 +95,9 @@ def argmin(
             FuncmloWarning,
             stacklevel=2,
         )
+    else:
+        for doubt in blind(level):
+            warnings.warn(doubt.replace("level 'argmin'", "argmin", 1), FuncmloWarning, stacklevel=2)
     return Argmin(level, checked_seed("argmin", seed))
 
 

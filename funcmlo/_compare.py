@@ -179,6 +179,12 @@ def _place(program: Any, of: str | None, through: str | Sequence[str] | None) ->
             )
     if not wanted:
         raise DefinitionError(f"through= is empty; level '{of}' differentiates through {listing(possible)}.")
+    levels = {level.name: level for level in program.levels}
+    if tasks := [name for name in wanted if levels[name].tasks is not None]:
+        raise DefinitionError(
+            f"compare looks at one inner problem at a time, but {listing(map(repr, tasks))} stands for that of every task; "
+            "compare on the program of one task, without tasks=."
+        )
     return Place(program, of, tuple(name for name in graph.levels if name in wanted))
 
 

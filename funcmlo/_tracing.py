@@ -116,3 +116,29 @@ def recording(*trees: Tree) -> bool:
     if _forward_mode():
         return True
     return torch.is_grad_enabled() and any(traced(x) for x in _tree.leaves(trees) if isinstance(x, Tensor))
+
+
+def lanes() -> Callable[[Tensor, slice], Tensor]:
+    """Return, inside a function that torch.func.vmap maps, what makes a part of a stack of tensors the lanes of that map.
+
+    As the map does with its operands, but wherever the tensor is needed, and without a copy.
+
+    Returns:
+        A function of a tensor and of the part of its first axis that is mapped.
+    """
+    functorch = torch._C._functorch
+    level = functorch.maybe_current_level()
+    assert level is not None
+
+    def lane(x: Tensor, part: slice) -> Tensor:
+        above = []  # what is not of the map's own level yet must not be wrapped by the levels inside of it
+        try:
+            while (current := functorch.maybe_current_level()) is not None and current >= level:
+                above.append(functorch.pop_dynamic_layer_stack())
+            x = x[part]
+        finally:
+            while above:
+                functorch.push_dynamic_layer_stack(above.pop())
+        return functorch._add_batch_dim(x, 0, level)
+
+    return lane

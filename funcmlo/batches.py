@@ -6,7 +6,7 @@ index is the level's own step counter, so an indexed source gives the same batch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, Dataset
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from funcmlo import _tracing, _tree
 from funcmlo.errors import BatchError, listing, suggest
 from funcmlo.level import Level
+from funcmlo.tasks import Shared
 
 
 class Feed(Protocol):
@@ -24,7 +25,13 @@ class Feed(Protocol):
 
 
 def feeds(
-    levels: Sequence[Level], names: Sequence[str], batches: Mapping[str, Any], start: Mapping[str, int], *, pure: bool
+    levels: Sequence[Level],
+    names: Sequence[str],
+    batches: Mapping[str, Any],
+    start: Mapping[str, int],
+    *,
+    pure: bool,
+    tasks: Container[str] = (),
 ) -> dict[str, Feed]:
     """Turn what the user gave into one feed per level.
 
@@ -34,6 +41,7 @@ def feeds(
         batches: by level name; levels whose loss takes no batch may be left out.
         start: the step that each level makes next.
         pure: whether the call must leave no trace, so that iterators are refused.
+        tasks: the levels that have to do with tasks.
 
     Returns:
         A feed for every level that will run.
@@ -46,10 +54,10 @@ def feeds(
     for name in batches:
         if name not in names:
             raise BatchError(f"batches names '{name}', which is no level{suggest(name, names)} Levels: {listing(names)}.")
-    return {level.name: _feed(level, batches, start[level.name], pure=pure) for level in levels}
+    return {x.name: _feed(x, batches, start[x.name], pure=pure, with_tasks=x.name in tasks) for x in levels}
 
 
-def _feed(level: Level, batches: Mapping[str, Any], start: int, *, pure: bool) -> Feed:
+def _feed(level: Level, batches: Mapping[str, Any], start: int, *, pure: bool, with_tasks: bool) -> Feed:
     name = level.name
     if name not in batches:
         if level.takes_batch:
@@ -60,6 +68,10 @@ def _feed(level: Level, batches: Mapping[str, Any], start: int, *, pure: bool) -
         raise BatchError(
             f"batches['{name}'] came, but the loss of level '{name}' gives its batch a default, which makes it a constant; "
             "take the default away."
+        )
+    if isinstance(given, Shared) and not with_tasks:
+        raise BatchError(
+            f"batches['{name}'] is fm.Shared, but level '{name}' has no tasks and reads none; pass the batch itself."
         )
     if isinstance(given, DataLoader):
         raise BatchError(

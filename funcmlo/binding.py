@@ -15,21 +15,24 @@ from funcmlo.level import Level
 from funcmlo.problem import Problem
 from funcmlo.signature import BUFFERS, holder
 from funcmlo.state import State
+from funcmlo.tasks import Tasks
 
 
-def bound(level: Level, feeds: Mapping[str, Feed], state: State) -> Problem:
+def bound(level: Level, feeds: Mapping[str, Feed], state: State, tasks: Mapping[str, Tasks]) -> Problem:
     """Return a level with its batches, its randomness and its buffers bound, at its next step.
 
     Args:
         level: the level.
         feeds: the batches of the levels that make updates.
         state: where the program stands.
+        tasks: what the program's levels have to do with tasks.
 
     Returns:
         The problem.
     """
     feed = feeds.get(level.name, no_batch)  # of a level that only begins, no batch is asked
-    return Problem(level, feed, state.seed, state.step[level.name], buffers(level, state))
+    name = level.name
+    return Problem(level, feed, state.seed, state.step[name], buffers(level, state), tasks.get(name))
 
 
 def buffers(level: Level, state: State) -> dict[str, Tree]:

@@ -10,6 +10,7 @@ from funcmlo.errors import DefinitionError, listing, suggest
 from funcmlo.graph import Graph
 from funcmlo.level import Level
 from funcmlo.signature import BUFFERS, holder
+from funcmlo.tasks import Tasks
 
 
 def check_levels(levels: Sequence[Level], graph: Graph, users: Mapping[str, Sequence[str]]) -> None:
@@ -47,6 +48,63 @@ def check_levels(levels: Sequence[Level], graph: Graph, users: Mapping[str, Sequ
                 )
         if isinstance(level.response, Mapping):
             _check_responses(level.name, level.response, graph, users[level.name])
+
+
+def task_roles(levels: Sequence[Level], responding: Mapping[str, frozenset[str]]) -> dict[str, Tasks]:
+    """Work out what each level has to do with tasks.
+
+    Args:
+        levels: the levels, lowest first.
+        responding: for each level, those that its hypergradient runs through.
+
+    Returns:
+        The levels that have tasks, and those whose cost is evaluated for each task of a level that they read.
+
+    Raises:
+        DefinitionError: levels with different numbers of tasks meet, or something has no meaning.
+    """
+    by_name = {level.name: level for level in levels}
+    roles: dict[str, Tasks] = {}
+    for level in levels:
+        read = {source: by_name[source] for source in level.reads_levels}
+        buffers = {source: by_name[holder(source, level.name)] for source in level.cost_buffers}
+        sources = {source: other for source, other in (read | buffers).items() if other.tasks is not None}
+        numbers = {other.name: int(other.tasks) for other in (level, *sources.values()) if other.tasks is not None}
+        if len(set(numbers.values())) > 1:
+            told = listing(f"{n} in '{name}'" for name, n in numbers.items())
+            raise DefinitionError(f"level '{level.name}' meets different numbers of tasks ({told}); they must agree.")
+        if level.tasks is None:
+            outside = [name for name in level.loop_levels if name in sources]
+            if outside:
+                raise DefinitionError(
+                    f"level '{level.name}': its init, optimizer or projection reads {listing(map(repr, outside))}, which "
+                    "has tasks, and it has none itself; only its loss can, which is then evaluated for each task."
+                )
+            if level.reduce is None or not sources:
+                continue
+            if level.carries_buffers:
+                raise DefinitionError(
+                    f"level '{level.name}': its loss is evaluated for each task of {listing(map(repr, numbers))}, so it "
+                    "cannot move its own buffers on; take reduce=None, with which it sees all tasks at once."
+                )
+        else:
+            alone = [name for name in responding[level.name] if by_name[name].tasks is None]
+            if alone:
+                raise DefinitionError(
+                    f"level '{level.name}' has tasks, but its hypergradient runs through {listing(map(repr, alone))}, which "
+                    f"has none: its tasks would not be independent. Give that level tasks={level.tasks} too."
+                )
+        first = next(iter(sources.values()), level)
+        chosen = level if level.tasks is not None or level.chunk is not None else first
+        roles[level.name] = Tasks(
+            n=next(iter(numbers.values())),
+            own=level.tasks is not None,
+            sources=frozenset(sources),
+            chunk=chosen.chunk,
+            randomness=chosen.randomness,
+            reduce=level.reduce,
+        )
+    return roles
 
 
 def check_nested(levels: Sequence[Level], needs: Dependence) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Integral
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -12,6 +12,7 @@ from funcmlo.errors import DefinitionError
 from funcmlo.hypergrad.base import BestResponse
 from funcmlo.signature import BATCH, Call, are_buffers
 from funcmlo.solver import Solver
+from funcmlo.tasks import Randomness
 
 
 def check_fields(level: Any) -> None:
@@ -68,8 +69,21 @@ def check_fields(level: Any) -> None:
         )
     if level.roll_back and not level.steps:
         raise DefinitionError(f"level '{name}': roll_back=True with steps=0: there is no inner loop to return from.")
-    if level.tasks is not None:
-        raise DefinitionError(f"level '{name}': tasks={level.tasks!r}, but task levels are not carried yet; leave it out.")
+    for what in ("tasks", "chunk"):
+        number = getattr(level, what)
+        if number is not None and (isinstance(number, bool) or not isinstance(number, Integral) or number < 1):
+            raise DefinitionError(f"level '{name}': {what}={number!r}; expected an integer of at least 1, or None.")
+    if level.randomness not in get_args(Randomness):
+        raise DefinitionError(f"level '{name}': randomness={level.randomness!r}; expected 'different' or 'same'.")
+    if not (level.reduce is None or level.reduce in ("mean", "sum") or callable(level.reduce)):
+        raise DefinitionError(
+            f"level '{name}': reduce={level.reduce!r}; expected 'mean', 'sum', a function of the tasks' costs, or None."
+        )
+    if level.tasks is not None and level.reduce != "mean":
+        raise DefinitionError(
+            f"level '{name}': reduce= says what becomes of tasks' costs in a level that reads them and has none; with "
+            "tasks= it has no meaning: leave it out."
+        )
     if level.reads is not None and not (
         isinstance(level.reads, Mapping) and all(isinstance(x, str) for pair in level.reads.items() for x in pair)
     ):

@@ -23,6 +23,7 @@ from funcmlo.hypergrad.base import BestResponse, check_mapped
 from funcmlo.hypergrad.solved import Solved
 from funcmlo.hypergrad.stats import Stats
 from funcmlo.problem import Problem
+from funcmlo.together import Answer, Together
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def total_gradient(
     graph: Graph,
     problem: Problem,
     params: Mapping[str, Tree],
-    solved: Mapping[str, tuple[BestResponse, Solved]],
+    solved: Mapping[str, tuple[BestResponse, Solved | Together]],
     response: Mapping[str, Any],
     t: int = 0,
 ) -> Folded:
@@ -98,9 +99,7 @@ def total_gradient(
         if name not in cotangents:
             continue
         estimator, at = solved[name]
-        check_mapped(f"level '{name}'", estimator)
-        answer = estimator.vjp(at, cotangents.pop(name), response[name])
-        products, states[name], stats[name] = _checked_answer(name, estimator, at, answer)
+        products, states[name], stats[name] = _asked(name, estimator, at, cotangents.pop(name), response[name])
         for source, cotangent in products.items():
             if source == k:
                 indirect = cotangent if indirect is None else _tree.add(indirect, cotangent)
@@ -110,9 +109,17 @@ def total_gradient(
     return Folded(total, indirect, value, aux, states, stats)
 
 
-def _checked_answer(
-    name: str, estimator: BestResponse, at: Solved, answer: Any
-) -> tuple[dict[str, Tree], Any, Stats | Mapping[str, Any]]:
+def _asked(name: str, estimator: BestResponse, at: Solved | Together, cotangent: Tree, state: Any) -> Answer:
+    """An estimator's product through a level, or through all of its tasks."""
+
+    def ask(at: Solved, cotangent: Tree, state: Any) -> Answer:
+        check_mapped(f"level '{name}'", estimator)
+        return _checked_answer(name, estimator, at, estimator.vjp(at, cotangent, state))
+
+    return ask(at, cotangent, state) if isinstance(at, Solved) else at.answer(estimator, ask, cotangent, state)
+
+
+def _checked_answer(name: str, estimator: BestResponse, at: Solved, answer: Any) -> Answer:
     """Hold an estimator's answer to the interface: it may be a user's first attempt."""
     kind = type(estimator).__name__
     if not isinstance(answer, tuple) or len(answer) != 3:

@@ -11,14 +11,17 @@ from torch import Tensor
 from funcmlo import _random, _tree
 from funcmlo._tree import Tree
 from funcmlo.errors import EstimatorError, ParameterError, listing, suggest
+from funcmlo.hypergrad.base import BestResponse
 from funcmlo.level import Level
 from funcmlo.signature import holder
 from funcmlo.state import State
+from funcmlo.tasks import Tasks
 
 
 def first_state(
     levels: Sequence[Level],
     users: Mapping[str, Sequence[str]],
+    tasks: Mapping[str, Tasks],
     params: Mapping[str, Tree],
     buffers: Mapping[str, Tree],
     seed: int,
@@ -28,6 +31,7 @@ def first_state(
     Args:
         levels: the levels, lowest first.
         users: for each level, the levels that may differentiate through it, in either composition.
+        tasks: what the levels have to do with tasks.
         params: each level's parameters; those of a level with `init=` may be missing.
         buffers: each level's buffers; those of a level whose buffers no loss reads may be missing.
         seed: where all randomness comes from.
@@ -61,6 +65,7 @@ def first_state(
     for level in levels:
         if level.name in params:
             own[level.name] = _parameters(level.name, params[level.name])
+            _check_tasks(level, own[level.name], "parameter")
         elif level.init is None:
             raise ParameterError(f"init got no parameters for level '{level.name}'; levels: {listing(names)}.")
     waiting = [level for level in reversed(levels) if level.name not in own]
@@ -73,24 +78,69 @@ def first_state(
             )
         level = ready[0]
         with _random.seeded(_random.step_seed(seed, f"{level.name}.init", 0)):
-            own[level.name] = _parameters(level.name, level.starting_point(own))
+            own[level.name] = _parameters(level.name, _start(level, tasks.get(level.name), own))
         waiting.remove(level)
     return State(
         params={name: own[name] for name in names},
-        optimizer={level.name: level.optimizer_for(own).init(own[level.name]) for level in levels},
-        response={level.name: _response(level, users[level.name], own[level.name]) for level in levels},
+        optimizer={level.name: _optimizer(level, tasks.get(level.name), own) for level in levels},
+        response={x.name: _response(x, users[x.name], tasks.get(x.name), own[x.name]) for x in levels},
         buffers=_buffers(levels, buffers),
         step=dict.fromkeys(names, 0),
         seed=seed,
     )
 
 
-def _response(level: Level, users: Sequence[str], params: Tree) -> Any:
+def _start(level: Level, tasks: Tasks | None, own: dict[str, Tree]) -> Tree:
+    """Where a level's loop begins, in every task."""
+    if tasks is None or not tasks.own:
+        return level.starting_point(own)
+    return tasks.values(lambda part: level.starting_point(tasks.inputs(own, part)))
+
+
+def _optimizer(level: Level, tasks: Tasks | None, own: dict[str, Tree]) -> Tree:
+    """The first state of a level's optimizer, in every task."""
+    if tasks is None or not tasks.own:
+        return level.optimizer_for(own).init(own[level.name])
+    return tasks.values(lambda part: level.optimizer_for(tasks.inputs(own, part)).init(part(own[level.name])))
+
+
+def estimator_state(response: BestResponse, params: Tree, tasks: Tasks | None) -> Any:
+    """Return an estimator's first state, in every task.
+
+    Args:
+        response: the estimator.
+        params: the parameters of the level that it answers for.
+        tasks: what the level has to do with tasks.
+
+    Returns:
+        The state.
+    """
+    if tasks is None or not tasks.own:
+        return response.init(params)
+    return tasks.values(lambda part: response.init(part(params)))
+
+
+def _response(level: Level, users: Sequence[str], tasks: Tasks | None, params: Tree) -> Any:
     """The state of a level's estimator, or of each of its estimators where several levels differentiate through it."""
-    if isinstance(level.response, Mapping):
-        states = {upper: level.response[upper].init(params) if upper in level.response else None for upper in users}
-        return states if len(users) > 1 else next(iter(states.values()), None)
-    return {upper: level.response.init(params) for upper in users} if len(users) > 1 else level.response.init(params)
+    if isinstance(level.response, BestResponse):
+        given = dict.fromkeys(users, level.response)
+    else:
+        given = {upper: level.response[upper] for upper in users if upper in level.response}
+    if len(users) > 1:
+        return {upper: estimator_state(given[upper], params, tasks) if upper in given else None for upper in users}
+    alone = level.response if isinstance(level.response, BestResponse) else next(iter(given.values()), None)
+    return None if alone is None else estimator_state(alone, params, tasks)
+
+
+def _check_tasks(level: Level, tree: Tree, what: str) -> None:
+    """Raise unless a task level's tensors lead with the task axis."""
+    for path, leaf in _tree.named_leaves(tree) if level.tasks is not None else ():
+        if not leaf.dim() or leaf.shape[0] != level.tasks:
+            raise ParameterError(
+                f"level '{level.name}' has {level.tasks} tasks, but its {what} {path} has shape {tuple(leaf.shape)}; "
+                f"expected ({level.tasks}, …), as fm.per_task(tree, {level.tasks}) makes them"
+                + (", or init=lambda …: … for the level." if what == "parameter" else ".")
+            )
 
 
 def _buffers(levels: Sequence[Level], given: Mapping[str, Tree]) -> dict[str, Tree]:
@@ -106,6 +156,8 @@ def _buffers(levels: Sequence[Level], given: Mapping[str, Tree]) -> dict[str, Tr
         for path, leaf in _tree.named_leaves(tree):
             if not isinstance(leaf, Tensor):
                 raise ParameterError(f"level '{name}': buffer {path} is {type(leaf).__name__}; expected a tensor.")
+    for level in levels:
+        _check_tasks(level, given.get(level.name, {}), "buffer")
     return {level.name: _tree.map(lambda x: x.detach().clone(), given.get(level.name, {})) for level in levels}
 
 

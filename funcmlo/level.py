@@ -16,6 +16,7 @@ from funcmlo.hypergrad.base import BestResponse
 from funcmlo.hypergrad.finite_difference import FiniteDifference
 from funcmlo.signature import BATCH, BUFFERS, Call, declared_in, read_call, reads_nothing
 from funcmlo.solver import STATELESS, Solver
+from funcmlo.tasks import Randomness, Reduce
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,16 @@ class Level:
         reads: level names (or `"batch"`) by argument name, where the loss's arguments are not named after levels.
         init: where each inner loop starts, a function of level names (`lambda meta: meta`); the optimizer starts
             afresh there too. Without it the level goes on from where it stopped.
-        tasks: not carried yet; must be None.
+        tasks: the number n of independent copies of the problem, one for each task, that are solved together, each with its
+            own step sizes. The costs are written for one task; batches lead with the task axis, or are wrapped in
+            `fm.Shared`; `fm.per_task` makes parameters and buffers of that kind. What a task's cost reads of a level with
+            tasks is that task's.
+        reduce: of a level without tasks whose cost reads one with tasks: what becomes of the tasks' costs, `"mean"`, `"sum"`
+            or a function of the tensor of them; None for a loss that sees the stacked parameters itself.
+        chunk: how many tasks are evaluated at once, by `torch.func.vmap`; None for all, 1 for one after the other, without
+            a map. A level that is evaluated for each task of another takes that one's, if it says nothing.
+        randomness: whether tasks that are mapped together draw `"different"` numbers (others for each chunk size) or the
+            `"same"`.
         project: keeps the parameters in a set after each update, or makes it a proximal step: params → params. Its further
             arguments are level names, `lambda w, log_l1: soft_threshold(w, 0.1 * log_l1.exp())`.
         warmup: updates that the level makes before the levels above it make their first one; its own step counter
@@ -70,6 +80,9 @@ class Level:
     reads: Mapping[str, str] | None = None
     init: Callable[..., Tree] | None = None
     tasks: int | None = None
+    reduce: Reduce = "mean"
+    chunk: int | None = None
+    randomness: Randomness = "different"
     project: Callable[..., Tree] | None = None
     warmup: int = 0
     roll_back: bool = False

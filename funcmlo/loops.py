@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcmlo import _tracing, _tree, unroll
+from funcmlo import _tracing, _tree, together
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed, forget
 from funcmlo.binding import bound, buffers, next_cost, with_buffers
@@ -23,6 +23,8 @@ from funcmlo.level import Level
 from funcmlo.problem import Problem
 from funcmlo.schedule import Loop, whole
 from funcmlo.state import State
+from funcmlo.tasks import Tasks
+from funcmlo.together import Together
 from funcmlo.unroll import Passage
 
 
@@ -44,6 +46,7 @@ class Walk:
         graph: their graph.
         users: for each level, the levels that differentiate through it.
         several: the levels whose estimator states are kept by upper level.
+        tasks: what they have to do with tasks.
         feeds: their batches.
         state: where the program stands.
         solved: each level's last inner loop.
@@ -56,9 +59,10 @@ class Walk:
     graph: Graph
     users: Mapping[str, Sequence[str]]
     several: Set[str]
+    tasks: Mapping[str, Tasks]
     feeds: Mapping[str, Feed]
     state: State
-    solved: dict[str, Solved] = field(default_factory=dict)
+    solved: dict[str, Solved | Together] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     returning: dict[str, tuple[Loop, Standing, Tree, int]] = field(default_factory=dict)
@@ -98,7 +102,7 @@ class Walk:
         """
         self._arrive(name, loop)
         for lower in solved if loop is None else ():
-            self.solved[lower] = unroll.run(self.problem(lower), self._standing(lower), self._inputs(lower), 0).solved
+            self.solved[lower] = together.run(self.problem(lower), self._standing(lower), self._inputs(lower), 0).solved
         folded = self._fold(self.problem(name), 0)
         self._note(name, [folded.cost], None, folded)
         return folded
@@ -120,7 +124,7 @@ class Walk:
 
     def problem(self, name: str) -> Problem:
         """Return a level with its batches and its randomness bound, at its next step."""
-        return bound(self.levels[name], self.feeds, self.state)
+        return bound(self.levels[name], self.feeds, self.state, self.tasks)
 
     def _arrive(self, name: str, loop: Loop | None) -> None:
         """Take a level to the first update of its loop: where it begins, the levels below solved."""
@@ -138,9 +142,10 @@ class Walk:
         if loop.first or loop.later or name in self.graph.tops:  # a top level's gradient is told in the metrics
             self._interleaved(loop, problem, standing, requires, keep)
             return
-        run = unroll.run(problem, standing, self._inputs(name), loop.steps, requires, keep)
+        openly = any(self.levels[name].response_for(user).in_the_open for user in self.users[name])
+        run = together.run(problem, standing, self._inputs(name), loop.steps, requires, keep, in_the_open=openly)
         self.solved[name] = run.solved
-        self._put(name, (run.solved.params, run.solved.opt_state), loop.steps, run.fixed)
+        self._put(name, (run.solved.params, run.solved.opt_state), loop.steps, run.after)
         self._note(name, run.costs, run.solved.params, None, run.aux)
 
     def _interleaved(self, loop: Loop, problem: Problem, standing: Standing, requires: Requires, keep: Keep) -> None:
@@ -174,7 +179,7 @@ class Walk:
         self._put(name, end, loop.steps)
         passages = [Passage(inputs)] * (loop.steps - len(passages)) + passages
         again = states if requires == "trajectory" else ()
-        self.solved[name] = unroll.hand_over(problem, standing, begin, end, passages, inputs, states=again, stays=stays)
+        self.solved[name] = together.hand_over(problem, standing, begin, end, passages, inputs, again, stays)
 
     def _update(
         self, problem: Problem, inputs: dict[str, Tree], t: int, costs: Sequence[Tensor]
@@ -190,6 +195,8 @@ class Walk:
             cost, aux = folded.cost, folded.aux
         after, aux = problem.after(aux)
         self._put(name, (params, opt_state), fixed=after.fixed)
+        if problem.tasks is not None and problem.has_tasks:
+            cost = cost / problem.tasks.n  # the metrics tell their mean
         self._note(name, [*costs, cost], params, folded, aux)
         return cost, folded.indirect if folded else None
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from funcmlo import _tracing, _tree, finite
 from funcmlo._tree import Tree
 from funcmlo.batches import feeds
-from funcmlo.declared import check_levels, check_nested
+from funcmlo.declared import check_levels, check_nested, task_roles
 from funcmlo.dependence import dependence
 from funcmlo.doubts import doubts, inexact
 from funcmlo.errors import DefinitionError, EstimatorError, FuncmloWarning, ParameterError, listing
@@ -76,6 +76,7 @@ class Multilevel:
         # A state serves both compositions, so it has room for the estimators of either.
         self._keepers = {name: tuple(k for k in names if k in (*by_paths[name], *by_nesting[name])) for name in names}
         check_levels(levels, self.graph, self._users)
+        self.tasks = task_roles(levels, responding)
         if nested:
             check_nested(levels, self._needs)
         for warning in doubts(levels, self.graph) + ([] if nested else inexact(self.graph)):
@@ -98,7 +99,7 @@ class Multilevel:
 
         Args:
             params: each level's parameters, trees of floating-point tensors, which are copied. A level with `init=` may
-                be left out.
+                be left out. Those of a level with tasks lead with the task axis (`fm.per_task`), and so do its buffers.
             buffers: by level name, the buffers that losses read: trees of tensors, which are copied.
             seed: the integer from which all randomness follows.
 
@@ -109,7 +110,8 @@ class Multilevel:
             ParameterError: a level's parameters are missing, unknown, or no tree of floating-point tensors; buffers that a
                 loss reads are missing, or are no tensors.
         """
-        return first_state(self.levels, self._keepers, params, {} if buffers is None else buffers, seed)
+        given = {} if buffers is None else buffers
+        return first_state(self.levels, self._keepers, self.tasks, params, given, seed)
 
     def step(self, state: State, batches: Mapping[str, Any]) -> tuple[State, dict[str, dict[str, Any]]]:
         """Make one outer step, in the order that `schedule()` tells.
@@ -248,11 +250,11 @@ class Multilevel:
                 "call step in a loop, or map over fm.argmin."
             )
         levels = {level.name: level for level in self.levels}
-        feed = feeds([levels[name] for name in running], self.graph.levels, batches, state.step, pure=pure)
+        feed = feeds([levels[name] for name in running], self.graph.levels, batches, state.step, pure=pure, tasks=self.tasks)
         if self.composition == "nested":
-            return Nest(levels, self._needs, self._below, feed, state, solve)
+            return Nest(levels, self._needs, self._below, self.tasks, feed, state, solve)
         several = {name for name, users in self._keepers.items() if len(users) > 1}
-        return Walk(levels, self.graph, self._users, several, feed, state)
+        return Walk(levels, self.graph, self._users, several, self.tasks, feed, state)
 
     def _metrics(self, name: str, work: Walk | Nest) -> dict[str, Any]:
         """What `step` tells about a level."""

@@ -36,6 +36,7 @@ from funcmlo.problem import Problem
 from funcmlo.schedule import Loop
 from funcmlo.solution import SolutionMap
 from funcmlo.state import State
+from funcmlo.tasks import Tasks
 from funcmlo.unroll import hand_over
 
 Values = dict[str, Tree]
@@ -50,6 +51,7 @@ class Nest:
         levels: the levels by name.
         needs: what their total costs need.
         below: for each level, the levels whose loops run before its updates, the highest first.
+        tasks: what they have to do with tasks, which are solved as one problem here.
         feeds: their batches.
         state: where the program stands.
         solve: whether inner loops run; else the state's parameters are the solutions.
@@ -60,6 +62,7 @@ class Nest:
     levels: Mapping[str, Level]
     needs: Dependence
     below: Mapping[str, Sequence[str]]
+    tasks: Mapping[str, Tasks]
     feeds: Mapping[str, Feed]
     state: State
     solve: bool = True
@@ -257,7 +260,7 @@ class Nest:
         return under
 
     def _problem(self, name: str, state: State) -> Problem:
-        return bound(self.levels[name], self.feeds, state)
+        return bound(self.levels[name], self.feeds, state, self.tasks)
 
     def _inputs(self, name: str, values: Values, state: State) -> Values:
         return {source: values.get(source, state.params[source]) for source in self.levels[name].reads_levels}

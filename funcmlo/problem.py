@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,9 +15,11 @@ from funcmlo import _diff, _random, _tracing, _tree, optim
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed
 from funcmlo.describe import compact
-from funcmlo.errors import DefinitionError, EstimatorError, FuncmloWarning, LossError, ParameterError, listing
+from funcmlo.errors import DefinitionError, EstimatorError, FuncmloWarning, ParameterError, listing
 from funcmlo.level import Level
+from funcmlo.returned import checked_cost, new_buffers
 from funcmlo.signature import BATCH, BUFFERS, Call
+from funcmlo.tasks import Slice, Tasks
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Problem:
         seed: the program's seed.
         first: the step that the level makes next, counted from its first step ever.
         fixed: what the loss reads and nothing is ever differentiated by: buffers as they are now, constant inputs.
+        tasks: what the level has to do with tasks; None for nothing. With tasks of its own, all that it takes and returns
+            leads with the task axis, and its cost is the sum over tasks, whose gradient is every task's own.
+        lane: sets what a task draws apart from what others do.
     """
 
     level: Level
@@ -37,6 +42,49 @@ class Problem:
     seed: int
     first: int
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    tasks: Tasks | None = None
+    lane: int = 0
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether the level has tasks of its own."""
+        return self.tasks is not None and self.tasks.own
+
+    def one(self, part: Slice) -> Problem:
+        """Return the problem of one task.
+
+        Args:
+            part: the task.
+
+        Returns:
+            A problem without tasks.
+        """
+        tasks = self.tasks
+        assert tasks is not None
+        # One lane draws the same as all of a map by itself; what is evaluated after it must draw other numbers.
+        apart = part.first > 0 and tasks.randomness == "different"
+        return replace(
+            self,
+            feed=lambda t: tasks.batch(self.level.name, self.feed(t), part),
+            lane=part.first if apart else 0,
+            fixed=tasks.inputs(dict(self.fixed), part),
+            tasks=None,
+        )
+
+    def each(self, answer: Callable[..., Tree], inputs: Mapping[str, Tree], *stacked: Tree) -> Tree:
+        """Return what the problems of all tasks answer, stacked.
+
+        Args:
+            answer: `answer(one, inputs, *own)` → a tree, for the problem of one task and what is that task's.
+            inputs: the parameters of the levels that the level reads.
+            *stacked: trees whose tensors lead with the task axis.
+
+        Returns:
+            The tree, its tensors with the task axis first.
+        """
+        tasks = self.tasks
+        assert tasks is not None
+        return tasks.values(lambda part: answer(self.one(part), tasks.inputs(dict(inputs), part), *part(stacked)))
 
     def cost(self, params: Tree, inputs: Mapping[str, Tree], t: int) -> tuple[Tensor, dict[str, Any]]:
         """Evaluate the level's cost at step first + t, negated if it is maximized.
@@ -49,11 +97,15 @@ class Problem:
         Returns:
             The cost to be minimized, a 0-d tensor, and the loss's metrics.
         """
+        if self.tasks is not None:
+            stacked = [params] if self.has_tasks else []
+            costs, aux = self.each(lambda one, x, own=params: one.cost(own, x, t), inputs, *stacked)
+            return checked_cost(self.level.name, (self.tasks.reduced(costs, -1 if self.level.maximize else 1), aux))
         step = self.first + t
         batch = self.feed(step)
-        with _random.seeded(_random.step_seed(self.seed, self.level.name, step)):
+        with _random.seeded(self._seed_of("", t)):
             returned = self.level.cost(params, {**self.fixed, **inputs}, batch)
-        value, aux = _checked_cost(self.level.name, returned)
+        value, aux = checked_cost(self.level.name, returned)
         return (-value if self.level.maximize else value), aux
 
     def after(self, aux: dict[str, Any]) -> tuple[Problem, dict[str, Any]]:
@@ -70,16 +122,8 @@ class Problem:
         """
         if not self.level.carries_buffers:
             return self, aux
-        name = self.level.name
-        if BUFFERS not in aux:
-            raise LossError(
-                f"level '{name}': its loss reads buffers, but returned no new ones; expected (cost, {{'buffers': new}}), "
-                "with output, new = net(params, x, buffers=buffers)."
-            )
-        if difference := _tree.mismatch(self.fixed[BUFFERS], aux[BUFFERS]):
-            raise LossError(f"level '{name}': the buffers that its loss returned and those it got differ: {difference}.")
-        fixed = {**self.fixed, BUFFERS: _tree.detach(aux[BUFFERS])}
-        return replace(self, fixed=fixed), {key: value for key, value in aux.items() if key != BUFFERS}
+        new, metrics = new_buffers(self.level.name, self.fixed[BUFFERS], aux)
+        return replace(self, fixed={**self.fixed, BUFFERS: new}), metrics
 
     def evaluate(self, call: Call, first: Tree, inputs: Mapping[str, Tree], t: int) -> Any:
         """Evaluate another function of the level's arguments, under the batch and the randomness of step first + t.
@@ -96,6 +140,9 @@ class Problem:
         Raises:
             DefinitionError: it reads what the level does not.
         """
+        if self.tasks is not None:
+            stacked = [first] if self.has_tasks else []
+            return self.each(lambda one, x, own=first: one.evaluate(call, own, x, t), inputs, *stacked)
         step = self.first + t
         values = {**self.fixed, **inputs, **({BATCH: self.feed(step)} if self.level.takes_batch else {})}
         if unknown := [source for source in call.sources if source not in values]:
@@ -103,7 +150,7 @@ class Problem:
                 f"level '{self.level.name}': {compact(call.function)} reads {listing(map(repr, unknown))}, which the "
                 f"level's loss does not; it can read {listing(values)}."
             )
-        with _random.seeded(_random.step_seed(self.seed, self.level.name, step)):
+        with _random.seeded(self._seed_of("", t)):
             return call(first, values=values)
 
     def update(
@@ -139,8 +186,11 @@ class Problem:
 
     def _solve(self, params: Tree, opt_state: Tree, inputs: dict[str, Tree], t: int) -> tuple[Tree, Tree, Tensor, Any]:
         """Let the outside solver make the step."""
+        if self.has_tasks:
+            *standing, costs, aux = self.each(lambda one, x, *own: one._solve(*own, x, t), inputs, params, opt_state)
+            return *standing, costs.sum(), aux
         batch = self.feed(self.first + t)
-        with torch.no_grad(), _random.seeded(self._seed_of("solver", t)):
+        with torch.no_grad(), _random.seeded(self._seed_of(".solver", t)):
             try:  # on copies, because what leaves torch may be written to unseen
                 found = _tracing.call_outside(self.level.solution, params, {**self.fixed, **inputs}, batch)
             except RuntimeError as error:
@@ -149,7 +199,7 @@ class Problem:
                 why = str(error).splitlines()[0]
                 raise EstimatorError(
                     f"level '{self.level.name}': its solver failed under a torch.func transform ({why}); one that "
-                    "leaves torch cannot be mapped by vmap: call it in a loop."
+                    "leaves torch cannot be mapped by vmap: call it in a loop (of a level with tasks: chunk=1)."
                 ) from error
             if difference := _tree.mismatch(params, found):
                 raise ParameterError(
@@ -174,21 +224,15 @@ class Problem:
         Raises:
             ParameterError: the projection changed the structure, a shape or a dtype.
         """
+        if self.has_tasks:
+            own = (params, opt_state, gradient)
+            new, opt_state = self.each(lambda one, x, y, s, g: one.apply(y, s, x, g, t), inputs, *own)
+            return new, opt_state
         updates, opt_state = self.updates(params, opt_state, inputs, gradient)
         return self._projected(optim.apply(params, updates), inputs, t), opt_state
 
     def updates(self, params: Tree, opt_state: Tree, inputs: dict[str, Tree], gradient: Tree) -> tuple[Tree, Tree]:
-        """Return what the level's optimizer makes of a gradient: the updates, which are to be added, and its new state.
-
-        Args:
-            params: the level's own parameters.
-            opt_state: its optimizer's state.
-            inputs: the parameters of the levels that it reads.
-            gradient: a tree like params.
-
-        Returns:
-            Updates and state.
-        """
+        """Return what the level's optimizer makes of a gradient: the updates, which are to be added, and its new state."""
         updates, opt_state = self.optimizer(inputs).update(gradient, opt_state, params=params, inplace=False)
         return updates, opt_state
 
@@ -212,7 +256,7 @@ class Problem:
         """The parameters kept in the level's set."""
         if self.level.project is None:
             return params
-        with _random.seeded(self._seed_of("project", t)):
+        with _random.seeded(self._seed_of(".project", t)):
             projected = self.level.projected(params, {**self.fixed, **inputs})
         if difference := _tree.mismatch(params, projected):
             raise ParameterError(
@@ -236,7 +280,10 @@ class Problem:
         """
         if self.level.init is None:
             return params, opt_state
-        with _random.seeded(self._seed_of("init", 0)):
+        if self.has_tasks:
+            begin, opt_state = self.each(lambda one, x, *own: one.start(x, *own), inputs, params, opt_state)
+            return begin, opt_state
+        with _random.seeded(self._seed_of(".init", 0)):
             begin = self.level.starting_point({**self.fixed, **inputs})
         if difference := _tree.mismatch(params, begin):
             raise ParameterError(f"level '{self.level.name}': what init= returns and its parameters differ: {difference}.")
@@ -247,27 +294,6 @@ class Problem:
         return self.level.optimizer_for({**self.fixed, **inputs})
 
     def _seed_of(self, what: str, t: int) -> int:
-        """The seed of what a step draws besides its cost."""
-        return _random.step_seed(self.seed, f"{self.level.name}.{what}", self.first + t)
-
-
-def _checked_cost(name: str, returned: Any) -> tuple[Tensor, dict[str, Any]]:
-    """Split what a loss returned into cost and metrics, or say what is wrong with it."""
-    value, aux = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
-    if not isinstance(value, Tensor):
-        raise LossError(
-            f"level '{name}': its loss returned {type(value).__name__}; expected a scalar tensor, or "
-            "(scalar, dict of metrics)."
-        )
-    if value.dim():
-        raise LossError(
-            f"level '{name}': its loss returned a tensor of shape {tuple(value.shape)}; expected a scalar: reduce it "
-            "with .mean() or .sum()."
-        )
-    if not value.is_floating_point():
-        raise LossError(f"level '{name}': its loss returned dtype {value.dtype}; expected a real floating-point scalar.")
-    if not isinstance(aux, dict):
-        raise LossError(
-            f"level '{name}': its loss returned {type(aux).__name__} beside the cost; expected a dict of metrics."
-        )
-    return value, aux
+        """The seed of what a step's cost draws, or of what else the step does."""
+        task = f"[{self.lane}]" if self.lane else ""
+        return _random.step_seed(self.seed, f"{self.level.name}{what}{task}", self.first + t)

@@ -1,19 +1,19 @@
-"""Inner loops: run, recorded or to be run again, and handed over as a solved level."""
+"""Inner loops handed over as a solved level: recorded, or to be run again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funcmlo import _diff, _random, _tracing, _tree
+from funcmlo import _diff, _random, _tree
 from funcmlo._tree import Tree
-from funcmlo.batches import forget
+from funcmlo.descent import Found, descend
 from funcmlo.hypergrad.base import Requires
-from funcmlo.hypergrad.solved import Keep, Parts, Solved, Standing, Trajectory, held
+from funcmlo.hypergrad.solved import Keep, Parts, Solved, Standing, Trajectory
 from funcmlo.problem import Problem
 from funcmlo.signature import Call
 
@@ -26,13 +26,13 @@ class Run:
         solved: the level at its solution.
         costs: the cost before each inner step, as the optimizer saw it.
         aux: the last step's metrics.
-        fixed: what the loss reads as constants, after the last step: its buffers have moved on.
+        after: the level's buffers after the last step; empty without any.
     """
 
     solved: Solved
     costs: list[Tensor]
     aux: Any
-    fixed: Mapping[str, Any]
+    after: dict[str, Tree]
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Passage:
         inputs: the parameters of the levels that it reads; those of lower levels differ from step to step.
         correction: what the levels below added to the step's gradient (the level's hypergradient less its direct
             gradient), which the level's own best response takes to be constant; None for nothing.
-        fixed: what the loss read as constants, its buffers before the step; None for what is bound.
+        fixed: what the loss read as constants and moves on, such as its buffers before the step.
     """
 
     inputs: dict[str, Tree]
     correction: Tree = None
-    fixed: Mapping[str, Any] | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,43 +107,30 @@ def run(
     Returns:
         The solved level.
     """
-    stays: dict[int, Standing] = {}
-
-    def loop(inputs: dict[str, Tree]) -> tuple[Tree, tuple[Any, ...]]:
-        y, s = problem.start(inputs, *standing) if steps else standing
-        states: list[Standing] = [(y, s)]
-        costs: list[Tensor] = []
-        aux: dict[str, Any] = {}
-        now, seen = problem, list[Mapping[str, Any]]()
-        for t in range(steps):
-            if t in keep.before:
-                stays[t] = held((y, s), keep.on_cpu)
-            if problem.level.carries_buffers:
-                seen = [*(seen if requires != "solution" else ()), now.fixed]
-            y, s, cost, aux = now.update(y, s, inputs, t)
-            now, aux = now.after(aux)
-            if requires == "trajectory" or _tracing.transforming():
-                costs.append(cost)
-            else:  # side by side: small tensors that stay, one by one, would riddle the heap that the steps work in
-                costs = costs or list(cost.new_empty(steps).unbind())
-                costs[t].copy_(cost)
-            if requires == "trajectory":
-                states.append((y, s))
-            elif requires == "solution" and not problem.level.roll_back:
-                forget(problem.feed, problem.first + t)
-        return y, (s, tuple(states), costs, aux, seen, now.fixed)
-
     trajectory: Trajectory | None = None
     if requires == "trajectory" and steps:
-        y, (s, states, costs, aux, seen, fixed), pullback = _diff.vjp(loop, [inputs])
-        trajectory = Recorded(states, pullback)
+        end, found, pullback = _diff.vjp(recorded(problem, standing, steps, keep), [inputs])
+        trajectory = Recorded(found.states, pullback)
     else:
         with torch.no_grad():
-            y, (s, states, costs, aux, seen, fixed) = loop(inputs)
+            end, found = descend(problem, standing, inputs, steps, requires, keep)
+    passages = passed(inputs, found.seen, steps)
+    finish = (end, found.opt_state)
+    solved = hand_over(problem, standing, found.states[0], finish, passages, inputs, trajectory, stays=found.stays)
+    return Run(solved, found.costs, found.aux, found.after)
+
+
+def recorded(
+    problem: Problem, standing: Standing, steps: int, keep: Keep
+) -> Callable[[dict[str, Tree]], tuple[Tree, Found]]:
+    """Return the inner loop as a function of the inputs, to be recorded."""
+    return lambda inputs: descend(problem, standing, inputs, steps, "trajectory", keep)
+
+
+def passed(inputs: dict[str, Tree], seen: Sequence[dict[str, Tree]], steps: int) -> list[Passage]:
+    """Return what each step of a loop saw, all of them these inputs, and the buffers that `descend` tells."""
     passages = [Passage(inputs, fixed=before) for before in seen]
-    passages = [passages[0] if passages else Passage(inputs)] * (steps - len(passages)) + passages
-    solved = hand_over(problem, standing, states[0], (y, s), passages, inputs, trajectory, stays=stays)
-    return Run(solved, costs, aux, fixed)
+    return [passages[0] if passages else Passage(inputs)] * (steps - len(passages)) + passages
 
 
 def hand_over(
@@ -180,7 +167,7 @@ def hand_over(
     def then(t: int) -> Problem:
         """The level with its buffers as they were before step t."""
         fixed = passages[t].fixed if passages else None
-        return problem if fixed is None else replace(problem, fixed=fixed)
+        return replace(problem, fixed={**problem.fixed, **fixed}) if fixed else problem
 
     def seen(x: dict[str, Tree], t: int | None) -> dict[str, Tree]:
         """The inputs of step t, moved as x is moved away from the last step's: exactly theirs at x = inputs."""

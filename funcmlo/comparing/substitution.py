@@ -17,6 +17,7 @@ from funcmlo.errors import FuncmloWarning
 from funcmlo.hypergrad.base import BestResponse, Claims
 from funcmlo.hypergrad.solved import Keep, Solved
 from funcmlo.hypergrad.stats import Stats
+from funcmlo.initial import estimator_state
 from funcmlo.level import Level
 from funcmlo.loops import Walk
 from funcmlo.multilevel import Multilevel
@@ -80,7 +81,7 @@ class Place:
         """Return the state with an estimator's first state where the old estimator's was."""
         response = dict(state.response)
         for name in self.through:
-            fresh = estimator.init(state.params[name])
+            fresh = estimator_state(estimator, state.params[name], self.program.tasks.get(name))
             several = len(self.program._keepers[name]) > 1
             response[name] = {**state.response[name], self.of: fresh} if several else fresh
         return replace(state, response=response)

@@ -71,9 +71,9 @@ class Stats:
         )
 
     def plain(self) -> Stats:
-        """Return the same stats with Python numbers in place of 0-d tensors (waits for the device)."""
+        """Return the same stats with Python numbers in place of 0-d tensors (waits for the device); tasks keep theirs."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        numbers: dict[str, Any] = {name: x.item() for name, x in values.items() if isinstance(x, Tensor)}
+        numbers: dict[str, Any] = {n: x.item() if not x.dim() else x for n, x in values.items() if isinstance(x, Tensor)}
         return replace(self, **numbers)
 
 

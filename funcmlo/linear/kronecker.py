@@ -166,7 +166,7 @@ class _Layer:
 
 
 def _layers(module: nn.Module) -> list[_Layer]:
-    known = {name for name, _ in module.named_parameters()}
+    known = {name for name, p in module.named_parameters() if p.requires_grad}
     found = []
     for path, part in module.named_modules():
         weight, bias = (f"{path}.{name}".lstrip(".") for name in ("weight", "bias"))

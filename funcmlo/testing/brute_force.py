@@ -6,7 +6,7 @@ the order of the updates (`program.schedule()`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from funcmlo.problem import Problem
 from funcmlo.schedule import Loop
 from funcmlo.signature import BATCH
 from funcmlo.state import State
+from funcmlo.tasks import Tasks
 from funcmlo.testing.subjects import cotangent_like, inputs_of, told, wide, wide_state
 
 
@@ -132,8 +133,10 @@ def _of_program(program: Multilevel, state: State, batches: Any, *, of: str) -> 
     running = {of}.union(*(loop.levels() for loop in loops))
     for name in running - {of}:
         _followed(levels[name], state.step[name])
-    feed = feeds([levels[name] for name in running], program.graph.levels, batches, state.step, pure=True)
-    world = _World(levels, feed, state)
+    feed = feeds(
+        [levels[name] for name in running], program.graph.levels, batches, state.step, pure=True, tasks=program.tasks
+    )
+    world = _World(levels, feed, program.tasks, state)
     with torch.enable_grad(), told(f"level '{of}'"):
         for item in before:
             world.begin(item) if isinstance(item, str) else world.run(item)
@@ -147,6 +150,7 @@ class _World:
 
     levels: dict[str, Level]
     feed: dict[str, Feed]
+    tasks: Mapping[str, Tasks]
     state: State
 
     def run(self, loop: Loop) -> None:
@@ -210,7 +214,7 @@ class _World:
         self.state = replace(self.state, params={**self.state.params, name: params}, optimizer=optimizer)
 
     def _problem(self, name: str) -> Problem:
-        return bound(self.levels[name], self.feed, self.state)
+        return bound(self.levels[name], self.feed, self.state, self.tasks)
 
     def _inputs(self, name: str) -> dict[str, Tree]:
         return {source: self.state.params[source] for source in self.levels[name].reads_levels}

@@ -1,0 +1,84 @@
+"""An inner loop: the steps of a level with no level below it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from funcmlo import _tracing
+from funcmlo._tree import Tree
+from funcmlo.batches import forget
+from funcmlo.hypergrad.base import Requires
+from funcmlo.hypergrad.solved import Keep, Standing, held
+from funcmlo.problem import Problem
+from funcmlo.signature import BUFFERS
+
+
+class Found(NamedTuple):
+    """What an inner loop leaves besides the parameters where it ends; a tree.
+
+    Attributes:
+        opt_state: the optimizer's state there.
+        states: the standings before the first step and, where a trajectory is required, after each one.
+        costs: the cost before each step.
+        aux: the last step's metrics.
+        seen: the level's buffers, if it has any, before the steps that may be made again, the last one at least.
+        after: its buffers after the last step.
+        stays: the standings that were kept, by step.
+    """
+
+    opt_state: Tree
+    states: tuple[Standing, ...]
+    costs: list[Tensor]
+    aux: Any
+    seen: list[dict[str, Tree]]
+    after: dict[str, Tree]
+    stays: dict[int, Standing]
+
+
+def descend(
+    problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: int, requires: Requires, keep: Keep
+) -> tuple[Tree, Found]:
+    """Make a level's inner steps.
+
+    Args:
+        problem: the level, bound.
+        standing: where the level stands.
+        inputs: the parameters of the levels that it reads.
+        steps: the number of updates.
+        requires: what is wanted of the loop besides its end.
+        keep: which standings are kept.
+
+    Returns:
+        The parameters where the loop ends, and what else it leaves.
+    """
+    y, s = problem.start(inputs, *standing) if steps else standing
+    states: list[Standing] = [(y, s)]
+    costs: list[Tensor] = []
+    aux: dict[str, Any] = {}
+    stays: dict[int, Standing] = {}
+    now, seen = problem, list[dict[str, Tree]]()
+    for t in range(steps):
+        if t in keep.before:
+            stays[t] = held((y, s), keep.on_cpu)
+        if problem.level.carries_buffers:
+            seen = [*(seen if requires != "solution" else ()), own_buffers(now.fixed)]
+        y, s, cost, aux = now.update(y, s, inputs, t)
+        now, aux = now.after(aux)
+        if requires == "trajectory" or _tracing.transforming():
+            costs.append(cost)
+        else:  # side by side: small tensors that stay, one by one, would riddle the heap that the steps work in
+            costs = costs or list(cost.new_empty(steps).unbind())
+            costs[t].copy_(cost)
+        if requires == "trajectory":
+            states.append((y, s))
+        elif requires == "solution" and not problem.level.roll_back:
+            forget(problem.feed, problem.first + t)
+    return y, Found(s, tuple(states), costs, aux, seen, own_buffers(now.fixed), stays)
+
+
+def own_buffers(fixed: Mapping[str, Any]) -> dict[str, Tree]:
+    """Return a level's own buffers, if it has any, out of what its loss reads as constants."""
+    return {BUFFERS: fixed[BUFFERS]} if BUFFERS in fixed else {}
