@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
-from funcmlo import _tracing, _tree, operands
+from funcmlo import _tracing, _tree, operands, precision
 from funcmlo._random import checked_seed
 from funcmlo._tree import Tree
 from funcmlo.batches import feeds
@@ -35,6 +35,8 @@ def argmin(
     response: BestResponse,
     project: Callable[..., Tree] | None = None,
     maximize: bool = False,
+    autocast: torch.dtype | None = None,
+    loss_scale: float | None = None,
     seed: int = 0,
 ) -> Argmin:
     """Return `solve(init, *inputs, batch=None)`, the minimizer of a loss as a differentiable function of the inputs.
@@ -53,6 +55,8 @@ def argmin(
         project: keeps the parameters in a set after each update; where it holds a solution back, `ITD()`, `Penalty` and
             `AID(…, curvature="fixed_point")` know.
         maximize: whether the loss is maximized.
+        autocast: the dtype in which the loss is evaluated, as a `Level`'s.
+        loss_scale: under which derivatives too small for float16 are taken, as a `Level`'s.
         seed: where a loss's random draws come from: the same in every call.
 
     Returns:
@@ -73,7 +77,17 @@ def argmin(
     References:
         Grazzi et al. 2020, arXiv 2006.16218; Blondel et al. 2022, arXiv 2105.15183.
     """
-    level = Level("argmin", loss, optimizer, steps=steps, response=response, project=project, maximize=maximize)
+    level = Level(
+        "argmin",
+        loss,
+        optimizer,
+        steps=steps,
+        response=response,
+        project=project,
+        maximize=maximize,
+        autocast=autocast,
+        loss_scale=loss_scale,
+    )
     if level.cost_buffers:
         raise DefinitionError(
             f"argmin: its loss reads {listing(map(repr, level.cost_buffers))}, but a function keeps no buffers; name the "
@@ -141,8 +155,9 @@ class Argmin:
             )
         feeds([level], [level.name], {} if batch is None else {level.name: batch}, {level.name: 0}, pure=True)
         init, x, batch = operands.ordinary((init, x, batch))
-        with operands.reading("argmin", init, x, batch):
-            return self._solve(init, x, batch)
+        inside = replace(self, level=precision.inherited(level, init))
+        with precision.apart(), operands.reading("argmin", init, x, batch):
+            return inside._solve(init, x, batch)
 
     def _solve(self, init: Tree, x: dict[str, Tree], batch: Any) -> Tree:
         level, response = self.level, self.level.responses[0]

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from funcmlo import _tracing, _tree
+from funcmlo import _reached, _tracing, _tree, precision
 from funcmlo._tree import Tree
 
 
@@ -51,14 +51,17 @@ def value_and_grads(
         aliases = [_tree.map(_alias if record else _leaf, argument) for argument in arguments]
         value, extra = cost(*aliases)
     flat = [leaf for alias in aliases for leaf in _tree.leaves(alias)]
-    grads = _autograd([value], flat, None, create_graph=record, retain_graph=record)
+    grads = precision.in_range(
+        lambda seed: _autograd([value], flat, seed, create_graph=record, retain_graph=record), [torch.ones_like(value)]
+    )
     if not record:
         value, extra = value.detach(), _tree.detach(extra)
     trees, used = [], []
-    for alias in aliases:
+    for argument, alias in zip(arguments, aliases, strict=True):
         leaves, structure = _tree.flatten(alias)
         part, grads = grads[: len(leaves)], grads[len(leaves) :]
         used.append(any(g is not None for g in part))
+        _reached.tell(argument, part)
         trees.append(_tree.unflatten(structure, _materialize(part, leaves)))
     return value, extra, tuple(trees), tuple(used)
 
@@ -109,21 +112,39 @@ def _vjp(function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree], r
     aliases = [_tree.map(_alias if record else _leaf, argument) for argument in arguments]
     with torch.enable_grad():
         value, extra = function(*aliases)
-    return value, extra, _pullback(_tree.leaves(value), aliases, record)
+    return value, extra, _pullback(_tree.leaves(value), aliases, record, known=arguments)
 
 
-def _pullback(outputs: list[Tensor], arguments: Sequence[Tree], record: bool, once: bool = False) -> Pullback:
-    """The products by walking the graph between aliases of the arguments and the outputs; `once` leaves no graph behind."""
+def _pullback(
+    outputs: list[Tensor], arguments: Sequence[Tree], record: bool, once: bool = False, known: Sequence[Tree] = ()
+) -> Pullback:
+    """The products by walking the graph between aliases of the arguments, `known` without, and the outputs.
+
+    Args:
+        outputs: what is differentiated.
+        arguments: the aliases.
+        record: whether the products join the surrounding graph.
+        once: whether no graph is left behind.
+        known: the arguments as the caller knows them.
+
+    Returns:
+        The pullback.
+    """
 
     def pullback(cotangent: Tree, *, wrt: Sequence[int] | None = None) -> tuple[Tree, ...]:
-        chosen = [arguments[i] for i in (range(len(arguments)) if wrt is None else wrt)]
+        numbers = range(len(arguments)) if wrt is None else wrt
+        chosen = [arguments[i] for i in numbers]
         flat = [leaf for argument in chosen for leaf in _tree.leaves(argument)]
         again = not once and (record or _tracing.recording(cotangent))
-        grads = _autograd(outputs, flat, _tree.leaves(cotangent), create_graph=again, retain_graph=not once)
+        grads = precision.in_range(
+            lambda v: _autograd(outputs, flat, v, create_graph=again, retain_graph=not once), _tree.leaves(cotangent)
+        )
         answer = []
-        for argument in chosen:
+        for i, argument in zip(numbers, chosen, strict=True):
             leaves, structure = _tree.flatten(argument)
             part, grads = grads[: len(leaves)], grads[len(leaves) :]
+            if known:
+                _reached.tell(known[i], part)
             answer.append(_tree.unflatten(structure, _materialize(part, leaves)))
         return tuple(answer)
 
@@ -131,7 +152,7 @@ def _pullback(outputs: list[Tensor], arguments: Sequence[Tree], record: bool, on
 
 
 def _autograd(
-    outputs: list[Tensor], leaves: list[Tensor], cotangents: list[Tensor] | None, *, create_graph: bool, retain_graph: bool
+    outputs: list[Tensor], leaves: list[Tensor], cotangents: list[Tensor], *, create_graph: bool, retain_graph: bool
 ) -> list[Tensor | None]:
     """`torch.autograd.grad`, also where no output is differentiable or no leaf is given."""
     live = [i for i, output in enumerate(outputs) if output.requires_grad]
@@ -141,7 +162,7 @@ def _autograd(
         torch.autograd.grad(
             [outputs[i] for i in live],
             leaves,
-            None if cotangents is None else [cotangents[i] for i in live],
+            [cotangents[i] for i in live],
             create_graph=create_graph,
             retain_graph=retain_graph,
             allow_unused=True,
@@ -207,9 +228,12 @@ def _vjp_func(function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tre
     outputs, pull, kept = torch.func.vjp(flat_function, *flats, has_aux=True)  # type: ignore[misc]
 
     def pullback(cotangent: Tree, *, wrt: Sequence[int] | None = None) -> tuple[Tree, ...]:
-        grads = pull(_tree.leaves(cotangent))
-        chosen = range(len(structures)) if wrt is None else wrt
-        return tuple(_tree.unflatten(structures[i], grads[i]) for i in chosen)
+        flat = precision.in_range(lambda v: _tree.leaves(pull(v)), _tree.leaves(cotangent))
+        answer = []
+        for structure in structures:
+            part, flat = flat[: structure.num_leaves], flat[structure.num_leaves :]
+            answer.append(_tree.unflatten(structure, part))
+        return tuple(answer if wrt is None else (answer[i] for i in wrt))
 
     tensors = iter(kept)
     extras = [next(tensors) if x is None else x for x in box["constants"]]

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from funcmlo import _random, _tracing, _tree, operands
+from funcmlo import _random, _tracing, _tree, operands, precision
 from funcmlo._tree import Tree
 from funcmlo.errors import DefinitionError, EstimatorError, ParameterError
 from funcmlo.hypergrad.aid import AID
@@ -109,17 +109,20 @@ class FixedPoint:
         if callable(batch):
             raise ParameterError(f"{owner}: the batch is a function, but all iterations take one batch; pass that.")
         init, x, batch = operands.ordinary((init, x, batch))
-        with operands.reading(owner, init, x, batch):
-            return self._solve(owner, init, x, batch)
+        autocast = precision.surrounding(init)
+        with precision.apart(), operands.reading(owner, init, x, batch):
+            return self._solve(owner, init, x, batch, autocast)
 
-    def _solve(self, owner: str, init: Tree, x: dict[str, Tree], batch: Any) -> Tree:
+    def _solve(self, owner: str, init: Tree, x: dict[str, Tree], batch: Any, autocast: torch.dtype | None) -> Tree:
         differentiable, fixed = operands.split(owner, x)
         constants, whole = _tree.partition((fixed, batch))
 
         def phi(constants: list[Tensor], y: Tree, x: dict[str, Tree]) -> Tree:
             fixed, data = whole(constants)
-            with _random.seeded(_random.step_seed(self.seed, owner, 0)):
+            with precision.evaluating(autocast, y), _random.seeded(_random.step_seed(self.seed, owner, 0)):
                 new = self.map(y, values={**fixed, **x, BATCH: data})
+            if autocast is not None:
+                new = precision.raised(new, y)
             if difference := _tree.mismatch(y, new):
                 raise ParameterError(f"{owner}: what the map returned and its first argument differ: {difference}.")
             return new

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcmlo import _diff, _tracing, _tree
+from funcmlo import _diff, _reached, _tracing, _tree, precision
 from funcmlo._tree import Tree
 from funcmlo.errors import EstimatorError
 
@@ -44,6 +44,8 @@ def jvp_of_gradients(
         slopes: tuple[Tree, ...] = _diff.with_vjp_func(cost, [*arguments[:along], at, *arguments[along + 1 :]], walked, once)
         return slopes
 
+    for argument in arguments:  # torch.func does not tell what it reaches
+        _reached.tell(argument, _tree.leaves(argument))
     if not _tree.leaves(tangent):
         return tuple(_tree.zeros_like(argument) for argument in arguments)
     products: tuple[Tree, ...] = jvp(gradients, arguments[along], tangent)
@@ -75,7 +77,9 @@ def jvp(function: Callable[[Tree], Tree], at: Tree, tangent: Tree) -> Tree:
 
     _load_forward_mode()
     with _forward_errors():
-        tangents = torch.func.jvp(flat_function, tuple(leaves), tuple(_tree.leaves(tangent)))[1]
+        tangents = precision.in_range(
+            lambda v: torch.func.jvp(flat_function, tuple(leaves), tuple(v))[1], _tree.leaves(tangent), forward=True
+        )
     return _tree.unflatten(shape[-1], tangents)
 
 

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 
+from funcmlo import precision
 from funcmlo.errors import DefinitionError
 from funcmlo.hypergrad.base import BestResponse
 from funcmlo.signature import BATCH, Call, are_buffers
@@ -69,6 +70,7 @@ def check_fields(level: Any) -> None:
         )
     if level.roll_back and not level.steps:
         raise DefinitionError(f"level '{name}': roll_back=True with steps=0: there is no inner loop to return from.")
+    precision.check(name, level.autocast, level.loss_scale)
     for what in ("tasks", "chunk"):
         number = getattr(level, what)
         if number is not None and (isinstance(number, bool) or not isinstance(number, Integral) or number < 1):

@@ -31,11 +31,12 @@ class Event:
     stats: Mapping[str, Any] | None = None
 
 
-def check(events: Sequence[Event]) -> None:
+def check(events: Sequence[Event], levels: Mapping[str, Any]) -> None:
     """Raise at the first thing that is not finite.
 
     Args:
         events: what happened, in order.
+        levels: the levels by name, for their loss scales.
 
     Raises:
         NonFiniteError: a cost, a level's parameters or a hypergradient is infinite or NaN; the message says which, where,
@@ -48,21 +49,33 @@ def check(events: Sequence[Event]) -> None:
             if event.gradient is None:
                 _refuse(
                     f"level '{name}': its cost is {cost} at inner step {t + 1} of {len(costs)}; lower its learning "
-                    "rate or look at its batch."
+                    f"rate or look at its batch.{_scales(levels, [name])}"
                 )
             _refuse(f"level '{name}': its cost is {cost}; look at its batch and its parameters.")
         if event.gradient is not None and not bool(event.gradient):
             _refuse(
                 f"level '{name}': its hypergradient is not finite although its cost is; the best responses' stats: "
-                f"{dict(event.stats or {})}."
+                f"{dict(event.stats or {})}.{_scales(levels, [name, *(event.stats or {})])}"
             )
         if event.params is not None and not bool(event.params):
             if event.gradient is not None:
-                _refuse(f"level '{name}': its parameters are no longer finite after its update; lower its learning rate.")
+                _refuse(
+                    f"level '{name}': its parameters are no longer finite after its update; lower its learning rate."
+                    f"{_scales(levels, [name])}"
+                )
             _refuse(
                 f"level '{name}': its parameters are no longer finite after {len(costs)} inner steps; lower its "
-                "learning rate, or look for a gradient that is infinite where the cost is not."
+                f"learning rate, or look for a gradient that is infinite where the cost is not.{_scales(levels, [name])}"
             )
+
+
+def _scales(levels: Mapping[str, Any], names: Sequence[str]) -> str:
+    """What to say of loss scales, under which a gradient may have left its dtype's range."""
+    scales = {name: levels[name].loss_scale for name in names if levels[name].loss_scale}
+    if not scales:
+        return ""
+    told = ", ".join(f"loss_scale={scale:g} of level '{name}'" for name, scale in scales.items())
+    return f" Or lower {told}, under which a gradient may have left its dtype's range."
 
 
 def _refuse(message: str) -> None:

@@ -9,13 +9,13 @@ best response is multiplied once, however many paths run through it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from funcmlo import _diff, _tracing, _tree
+from funcmlo import _diff, _reached, _tracing, _tree, kernels, precision
 from funcmlo._tree import Tree
 from funcmlo.errors import EstimatorError, FuncmloWarning, listing
 from funcmlo.graph import Graph
@@ -82,7 +82,8 @@ def total_gradient(
     def cost(own: Tree, *solutions: Tree) -> tuple[Tensor, dict[str, Any]]:
         return problem.cost(own, {**constant, **dict(zip(below, solutions, strict=True))}, t)
 
-    value, aux, (direct, *partials), (_, *used) = _diff.value_and_grads(cost, [params[k], *(params[n] for n in below)])
+    with precision.scaled(problem.level.loss_scale):
+        value, aux, (direct, *partials), (_, *used) = _diff.value_and_grads(cost, [params[k], *(params[n] for n in below)])
     for name, depends in zip(below, used, strict=True):
         if not depends and _tree.leaves(params[name]):
             warnings.warn(
@@ -99,7 +100,9 @@ def total_gradient(
         if name not in cotangents:
             continue
         estimator, at = solved[name]
-        products, states[name], stats[name] = _asked(name, estimator, at, cotangents.pop(name), response[name])
+        products, states[name], stats[name] = _asked(
+            name, estimator, at, cotangents.pop(name), response[name], {k, *on_path}
+        )
         for source, cotangent in products.items():
             if source == k:
                 indirect = cotangent if indirect is None else _tree.add(indirect, cotangent)
@@ -109,12 +112,29 @@ def total_gradient(
     return Folded(total, indirect, value, aux, states, stats)
 
 
-def _asked(name: str, estimator: BestResponse, at: Solved | Together, cotangent: Tree, state: Any) -> Answer:
+def _asked(
+    name: str, estimator: BestResponse, at: Solved | Together, cotangent: Tree, state: Any, wanted: Collection[str]
+) -> Answer:
     """An estimator's product through a level, or through all of its tasks."""
 
     def ask(at: Solved, cotangent: Tree, state: Any) -> Answer:
         check_mapped(f"level '{name}'", estimator)
-        return _checked_answer(name, estimator, at, estimator.vjp(at, cotangent, state))
+        with (
+            precision.scaled(at.loss_scale),
+            kernels.naming(f"level '{name}'", estimator),
+            _reached.reaching(at.inputs) as reached,
+        ):
+            answer = estimator.vjp(at, cotangent, state)
+        for source in reached.missed():
+            if source in at.cost_inputs and source in wanted:
+                warnings.warn(
+                    f"level '{name}' reads '{source}', but the gradient of its cost does not depend on it, so nothing of a "
+                    f"hypergradient comes through that; is '{source}' used beside the level's own parameters, and outside "
+                    "torch.no_grad, .data and once_differentiable?",
+                    FuncmloWarning,
+                    stacklevel=2,
+                )
+        return _checked_answer(name, estimator, at, answer)
 
     return ask(at, cotangent, state) if isinstance(at, Solved) else at.answer(estimator, ask, cotangent, state)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
+import torch
 from torchopt.base import GradientTransformation
 
 from funcmlo import optim
@@ -60,6 +61,10 @@ class Level:
         roll_back: whether, when the levels above have made their update, the level returns to where its inner loop began
             and makes one update with their new parameters (a look-ahead, as in DARTS); its step counter returns too.
         maximize: whether the cost is maximized; gradients and responses are those of its negative.
+        autocast: torch.bfloat16 or torch.float16, in which the cost is then evaluated under `torch.autocast`; solvers and
+            optimizers stay in the parameters' dtypes. None takes over an autocast that surrounds the call.
+        loss_scale: S, under which derivatives too small for float16 are taken: ∇(S · cost) / S, and products of every order
+            likewise. With a power of two nothing else changes.
 
     Raises:
         DefinitionError: a field has no meaning; the message says which and what is expected.
@@ -87,6 +92,8 @@ class Level:
     warmup: int = 0
     roll_back: bool = False
     maximize: bool = False
+    autocast: torch.dtype | None = None
+    loss_scale: float | None = None
 
     own_argument: str | None = field(init=False, repr=False)
     """The name of the loss's first argument; None where it only takes `*args`."""
@@ -188,6 +195,11 @@ class Level:
     def responses(self) -> tuple[BestResponse, ...]:
         """The estimators through which the levels above differentiate."""
         return (self.response,) if isinstance(self.response, BestResponse) else tuple(self.response.values())
+
+    @property
+    def second_order(self) -> bool:
+        """Whether an estimator through which the levels above differentiate takes more than gradients of the cost."""
+        return any(response.second_order for response in self.responses)
 
     @property
     def optimizer_is_made(self) -> bool:

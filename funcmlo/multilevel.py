@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from funcmlo import _tracing, _tree, finite
+from funcmlo import _tracing, _tree, finite, precision
 from funcmlo._tree import Tree
 from funcmlo.batches import feeds
 from funcmlo.declared import check_levels, check_nested, task_roles
@@ -131,12 +131,12 @@ class Multilevel:
                 is no longer finite. The state that came in is still good.
         """
         work = self._begin(self.graph.levels, state, batches, pure=False)
-        with _unchanged(state, batches), torch.no_grad():
+        with _unchanged(state, batches), torch.no_grad(), precision.apart():
             for loop in self._schedule.tops:
                 work.run(loop)
             if isinstance(work, Walk):
                 work.finish()
-        finite.check(work.events)
+        finite.check(work.events, work.levels)
         return work.state, {name: metrics for name in self.graph.levels if (metrics := self._metrics(name, work))}
 
     def hypergradient(
@@ -162,13 +162,13 @@ class Multilevel:
         before, own, running = self._ahead(of, solve)
         solved = [name for name in self.graph.levels if of in self._users[name]]
         work = self._begin(running | {*solved}, state, batches, pure=True, solve=solve)
-        with _unchanged(state, batches), torch.no_grad():
+        with _unchanged(state, batches), torch.no_grad(), precision.apart():
             _advance(work, before)
             if isinstance(work, Nest):
                 folded = work.hypergradient(of, begin=solve and own.steps > 0)
             else:
                 folded = work.hypergradient(of, own if solve else None, solved)
-        finite.check(work.events)
+        finite.check(work.events, work.levels)
         return (folded.gradient, folded.plain_stats()) if with_stats else folded.gradient
 
     def cost(self, state: State, batches: Mapping[str, Any], *, of: str, solve: bool = True) -> Tensor:
@@ -204,13 +204,13 @@ class Multilevel:
         work = self._begin(running, state, batches, pure=True, solve=solve)
         if isinstance(work, Walk):  # nothing is kept of the loops for a derivative that is not taken
             work.users = {name: [user for user in users if user != of] for name, users in work.users.items()}
-        with _unchanged(state, batches), torch.no_grad():
+        with _unchanged(state, batches), torch.no_grad(), precision.apart():
             _advance(work, before)
             if isinstance(work, Nest):
                 cost = work.cost(of, begin=solve and own.steps > 0)
             else:
                 cost = work.cost(of, own if solve else None)
-        finite.check(work.events)
+        finite.check(work.events, work.levels)
         return -cost if {level.name: level for level in self.levels}[of].maximize else cost
 
     def __repr__(self) -> str:
@@ -249,7 +249,7 @@ class Multilevel:
                 'composition="nested" solves again inside its derivatives and cannot be mapped (torch.func.vmap is active); '
                 "call step in a loop, or map over fm.argmin."
             )
-        levels = {level.name: level for level in self.levels}
+        levels = {level.name: precision.inherited(level, state.params[level.name]) for level in self.levels}
         feed = feeds([levels[name] for name in running], self.graph.levels, batches, state.step, pure=pure, tasks=self.tasks)
         if self.composition == "nested":
             return Nest(levels, self._needs, self._below, self.tasks, feed, state, solve)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcmlo import _diff, _tracing, _tree
+from funcmlo import _diff, _tracing, _tree, precision
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed
 from funcmlo.binding import bound, next_cost, with_buffers
@@ -109,7 +109,8 @@ class Nest:
             self._told = told  # what follows is the backward pass
             return value, aux
 
-        value, aux, (gradient,), _ = _diff.value_and_grads(cost, [state.params[k]])
+        with precision.scaled(self.levels[k].loss_scale):
+            value, aux, (gradient,), _ = _diff.value_and_grads(cost, [state.params[k]])
         self._told = outer
         after, solutions = reached[-1]
         if not torch.is_grad_enabled():  # no one differentiates this update, so nothing holds on to its graph

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
-from funcmlo import _diff, _random, _tracing, _tree, optim
+from funcmlo import _diff, _random, _tracing, _tree, kernels, optim, precision
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed
 from funcmlo.describe import compact
@@ -51,14 +52,7 @@ class Problem:
         return self.tasks is not None and self.tasks.own
 
     def one(self, part: Slice) -> Problem:
-        """Return the problem of one task.
-
-        Args:
-            part: the task.
-
-        Returns:
-            A problem without tasks.
-        """
+        """Return the problem of one task, which has none itself."""
         tasks = self.tasks
         assert tasks is not None
         # One lane draws the same as all of a map by itself; what is evaluated after it must draw other numbers.
@@ -103,9 +97,11 @@ class Problem:
             return checked_cost(self.level.name, (self.tasks.reduced(costs, -1 if self.level.maximize else 1), aux))
         step = self.first + t
         batch = self.feed(step)
-        with _random.seeded(self._seed_of("", t)):
+        with self._evaluating(params, t):
             returned = self.level.cost(params, {**self.fixed, **inputs}, batch)
         value, aux = checked_cost(self.level.name, returned)
+        if self.level.autocast or self.level.loss_scale:
+            value = precision.raised(value, params)
         return (-value if self.level.maximize else value), aux
 
     def after(self, aux: dict[str, Any]) -> tuple[Problem, dict[str, Any]]:
@@ -150,8 +146,19 @@ class Problem:
                 f"level '{self.level.name}': {compact(call.function)} reads {listing(map(repr, unknown))}, which the "
                 f"level's loss does not; it can read {listing(values)}."
             )
-        with _random.seeded(self._seed_of("", t)):
-            return call(first, values=values)
+        with self._evaluating(first, t):
+            returned = call(first, values=values)
+        return precision.raised(returned, first) if self.level.autocast else returned
+
+    @contextmanager
+    def _evaluating(self, params: Tree, t: int) -> Generator[None]:
+        """The state of torch in which everything of a step's cost is evaluated: its precision, kernels and seed."""
+        with (
+            precision.evaluating(self.level.autocast, params),
+            kernels.attention(formula=self.level.second_order),
+            _random.seeded(self._seed_of("", t)),
+        ):
+            yield
 
     def update(
         self, params: Tree, opt_state: Tree, inputs: dict[str, Tree], t: int, correction: Tree = None
@@ -171,7 +178,8 @@ class Problem:
         """
         if self.level.has_solver:
             return self._solve(params, opt_state, inputs, t)
-        value, aux, (gradient,), (used,) = _diff.value_and_grads(lambda at: self.cost(at, inputs, t), [params])
+        with precision.scaled(self.level.loss_scale):
+            value, aux, (gradient,), (used,) = _diff.value_and_grads(lambda at: self.cost(at, inputs, t), [params])
         if not used and _tree.leaves(params):
             warnings.warn(
                 f"level '{self.level.name}': its cost does not depend on its own parameters, so they only move by what "
@@ -237,16 +245,7 @@ class Problem:
         return updates, opt_state
 
     def excess(self, params: Tree, inputs: dict[str, Tree], t: int) -> Tree:
-        """Return P(y) − y for the level's projection P; None where there is none.
-
-        Args:
-            params: y.
-            inputs: the parameters of the levels that it reads.
-            t: the step's number within this call.
-
-        Returns:
-            A tree like params, or None.
-        """
+        """Return P(y) − y for the level's projection P at y = params; None where there is none."""
         if self.level.project is None:
             return None
         # On a copy, because a projection may write to what it is given.

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from funcmlo import _tracing, _tree
+from funcmlo import _tracing, _tree, kernels, precision
 from funcmlo._tree import Tree
 from funcmlo.describe import compact
 from funcmlo.errors import EstimatorError, FuncmloWarning
@@ -149,7 +149,8 @@ def respond(map: SolutionMap, solved: Solved, cotangent: Tree) -> dict[str, Tree
     """
     response = map.response
     check_mapped(map.owner, response)
-    products, _, stats = response.vjp(solved, cotangent, response.init(solved.params))
+    with precision.apart(), precision.scaled(solved.loss_scale), kernels.naming(map.owner, response):
+        products, _, stats = response.vjp(solved, cotangent, response.init(solved.params))
     if isinstance(stats, Stats):
         products = _or_nan(map.owner, response, products, stats)
         if map.tell is not None:

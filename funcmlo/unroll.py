@@ -216,6 +216,9 @@ def hand_over(
         parts=None if problem.level.has_solver else parts,
         evaluate=evaluate,
         kept=stays or {},
+        cost_inputs=problem.level.cost_levels,
+        autocast=problem.level.autocast,
+        loss_scale=problem.level.loss_scale,
         seed=_random.step_seed(problem.seed, f"{problem.level.name}.response", problem.first + last),
     )
     return replace(solved, trajectory=Replayed(tuple(states), solved)) if states and steps else solved

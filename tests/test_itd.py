@@ -125,6 +125,7 @@ def test_what_a_window_leaves_out_decays_at_the_rate_of_the_steps(window: int) -
         assert stats.steps == window
 
 
+@pytest.mark.filterwarnings("ignore:level 'y' reads 'x', but the gradient of its cost does not depend on it")
 @pytest.mark.parametrize("way", [*WAYS, "a short window"])
 def test_where_the_loop_begins_is_differentiated_by(way: str) -> None:
     # MAML: y_T from x itself; a window ends before it gets there.

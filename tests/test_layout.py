@@ -16,8 +16,11 @@ PACKAGE = ROOT / "funcmlo"
 ORDER = [
     "errors",
     "describe",
+    "kernels",
     "assumptions",
     "_tree",
+    "precision",
+    "_reached",
     "_random",
     "_tracing",
     "transforms",

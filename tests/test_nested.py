@@ -143,7 +143,8 @@ def pretrained_cost(program: fm.Multilevel, state: fm.State, batches: dict, own:
         replace_top(program),
         composition="nested",
     )
-    moved = replace(state, params={**state.params, "own": own})
+    fresh = first.init(state.params)  # the state of these optimizers
+    moved = replace(state, params={**state.params, "own": own}, optimizer=fresh.optimizer)
     return first.step(moved, batches)[1]["own"]["costs"][0]
 
 

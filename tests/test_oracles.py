@@ -65,6 +65,7 @@ def test_cost_with_batches_starts_and_signs() -> None:
     state = p.init(start())
     assert torch.equal(p.cost(state, FEEDS, of="x"), p.step(state, FEEDS)[1]["x"]["cost"])
     up = fm.Multilevel(p.levels[0], fm.Level("x", lambda x, y: -(y**2).sum() + x.sum(), torchopt.sgd(0.1), maximize=True))
+    state = up.init(start())
     assert torch.equal(up.cost(state, FEEDS, of="x"), up.step(state, FEEDS)[1]["x"]["cost"])
     lower = p.levels[0].loss(2 * state.params["x"], state.params["x"], BATCHES[0])[0]
     assert torch.equal(p.cost(state, FEEDS, of="y"), lower)

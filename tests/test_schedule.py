@@ -332,6 +332,7 @@ def first_gradients(p: fm.Multilevel, state: fm.State, batches: dict) -> dict[st
     return first
 
 
+@pytest.mark.filterwarnings("ignore:level 'b' reads 'c', but the gradient of its cost does not depend on it")
 @pytest.mark.parametrize("composition", ["paths", "nested"])
 def test_levels_that_are_taken_as_solved_get_their_batches_and_do_not_begin(composition: str) -> None:
     p = fm.Multilevel(

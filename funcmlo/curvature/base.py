@@ -38,6 +38,8 @@ class Curvature(ABC):
     """Whether the implicit response can be differentiated again with it."""
     total: ClassVar[bool] = True
     """Whether it works where the cost has solutions of levels below inside, as in `composition="nested"`."""
+    second_order: ClassVar[bool] = True
+    """Whether it takes more of the cost than gradients."""
     sees_step: ClassVar[bool] = False
     """Whether it looks at the optimizer's step and not at the cost alone."""
 

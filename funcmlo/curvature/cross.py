@@ -111,5 +111,5 @@ def _step(solved: Solved, w: Tree, scale: float | None) -> Tensor:
         length = torch.full_like(w_norm, scale)
     else:
         # The gradients by the inputs are no better than the coarsest leaf that goes into them or comes out.
-        length = _tree.coarsest_epsilon((w, solved.inputs)) ** 0.5 * (1 + _tree.norm(solved.params))
+        length = solved.epsilon(w) ** 0.5 * (1 + _tree.norm(solved.params))
     return length / torch.where(w_norm > 0, w_norm, 1)

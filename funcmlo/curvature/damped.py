@@ -55,7 +55,7 @@ class Damped(Curvature):
             raise DefinitionError(
                 f"Damped(curvature={self.curvature!r}): expected a curvature, Hessian() or GaussNewton(outputs, loss)."
             )
-        for name in ("assumes", "symmetric", "stochastic", "sees_step", "total"):
+        for name in ("assumes", "symmetric", "stochastic", "sees_step", "second_order", "total"):
             object.__setattr__(self, name, getattr(self.curvature, name))
 
     def within(self, solved: Solved, cotangent: Tree, body: Body, *, transpose: bool = False) -> Tree:

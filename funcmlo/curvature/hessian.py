@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from funcmlo import _diff, _forward, _tree
+from funcmlo import _diff, _forward, _tree, precision
 from funcmlo._tree import Tree
 from funcmlo.curvature.base import Body, Curvature
 from funcmlo.curvature.cross import check_loss, difference_quotient, gradient, mixed_difference, mixed_product
@@ -61,6 +61,7 @@ class Hessian(Curvature):
         object.__setattr__(self, "differentiable", self.products == "kept")
         object.__setattr__(self, "total", self.products != "forward")  # a solution has no forward-mode derivative
         object.__setattr__(self, "assumes", frozenset() if self.products == "kept" else frozenset({"minimization"}))
+        object.__setattr__(self, "second_order", self.products != "finite_difference")
         object.__setattr__(self, "exact", self.products != "finite_difference")
 
     def within(self, solved: Solved, cotangent: Tree, body: Body, *, transpose: bool = False) -> Tree:
@@ -78,7 +79,7 @@ class Hessian(Curvature):
 
         def difference(u: Tree) -> Tree:
             length = _tree.norm(u)
-            epsilon = _tree.coarsest_epsilon(u) ** 0.5 * (1 + _tree.norm(y)) / torch.where(length > 0, length, 1)
+            epsilon = precision.epsilon(u, solved.autocast) ** 0.5 * (1 + _tree.norm(y)) / torch.where(length > 0, length, 1)
             with torch.no_grad():
                 ahead, behind = (gradient(solved, _tree.add_scaled(y, e, u), x) for e in (epsilon, -epsilon))
             return difference_quotient(ahead, behind, epsilon)

@@ -55,7 +55,7 @@ class Resampled(Curvature):
                 f"Resampled(curvature={self.curvature!r}): expected a curvature of the loss, such as Hessian() or "
                 "GaussNewton(outputs, loss)."
             )
-        for name in ("assumes", "exact", "symmetric", "total"):
+        for name in ("assumes", "exact", "symmetric", "second_order", "total"):
             object.__setattr__(self, name, getattr(self.curvature, name))
 
     def within(self, solved: Solved, cotangent: Tree, body: Body, *, transpose: bool = False) -> Tree:

@@ -126,7 +126,13 @@ class AID(BestResponse):
         adapted = (solver, getattr(solver, "preconditioner", None))
         uses = curvature.sees_step or any(isinstance(part, OptimizerIdentity) for part in adapted)
         object.__setattr__(self, "uses_optimizer", uses)
+        object.__setattr__(self, "second_order", curvature.second_order and not self._first_order)
         object.__setattr__(self, "total", curvature.total and not any(isinstance(part, KFAC) for part in adapted))
+
+    @property
+    def _first_order(self) -> bool:
+        """Whether no second derivative is taken, because no product with the curvature is."""
+        return self.cross == "finite_difference" and not self.solver.uses_operator
 
     @property
     def _curvature(self) -> Curvature:
@@ -198,7 +204,7 @@ class AID(BestResponse):
             products = mixed_difference(solved, found.value) if self.cross == "finite_difference" else cross(found.value)
             return products, found.carry, (found.products + ready.products, *_told(found))
 
-        if self.cross == "finite_difference" and not self.solver.uses_operator:  # then no second derivative is taken at all
+        if self._first_order:
             products, carry, told = body(Operator(_no_product, like=solved.params), cotangent, _no_product)
         else:
             transpose = self.solver.needs_transpose

@@ -89,6 +89,8 @@ class BestResponse(ABC):
     sees_step: ClassVar[bool] = False
     """Whether it looks at the optimizer's step, the projection included, and not at the cost alone."""
 
+    second_order: ClassVar[bool] = True
+    """Whether it takes more of the level's cost than gradients: second derivatives, or forward mode."""
     total: ClassVar[bool] = True
     """Whether it works where the level's cost has solutions of levels below inside, as in `composition="nested"`."""
     steps_again: ClassVar[bool] = False
@@ -150,5 +152,5 @@ def check_mapped(owner: str, response: BestResponse) -> None:
     if not response.claims.vmap and _tracing.mapping():
         raise EstimatorError(
             f"{owner}: {compact(response)} does not work under torch.func.vmap (its claims say vmap=False); "
-            "call it in a loop, or use AID(CG(…)) or ITD()."
+            "call it in a loop (of a level with tasks: chunk=1), or use AID(CG(…)) or ITD()."
         )

@@ -47,6 +47,7 @@ class FiniteDifference(BestResponse):
 
     requires: ClassVar[Requires] = "solution"
     claims: ClassVar[Claims] = Claims(target="identity", exact=False, knob="scale", assumes=frozenset({"minimization"}))
+    second_order: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Refuse a step that is not positive."""

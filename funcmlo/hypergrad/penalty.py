@@ -88,6 +88,7 @@ class Penalty(BestResponse):
 
     requires: ClassVar[Requires] = "solution"
     claims: ClassVar[Claims] = Claims(target="implicit", exact=False, knob="sigma")
+    second_order: ClassVar[bool] = False
     steps_again: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -175,7 +176,7 @@ class Penalty(BestResponse):
         y_norm = _tree.norm(solved.params)
         if self.sigma is not None:
             return torch.full_like(y_norm, self.sigma)
-        return math.pow(_tree.coarsest_epsilon((v, solved.inputs)), 1 / (self.order + 1)) * (1 + y_norm)
+        return math.pow(solved.epsilon(v), 1 / (self.order + 1)) * (1 + y_norm)
 
     def _run(self, solved: Solved, shift: Tree, steps: int) -> tuple[Tree, Tensor]:
         """The minimizer of g(y, x) + ⟨shift, y⟩, from y* on, and whether the run stayed near y*."""

@@ -83,6 +83,7 @@ class PerturbedSolve(BestResponse):
 
     requires: ClassVar[Requires] = "replay"
     claims: ClassVar[Claims] = Claims(target="unrolled", exact=False, stochastic=True, knob="samples", assumes=frozenset())
+    second_order: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Refuse settings without a meaning."""
@@ -140,5 +141,5 @@ class PerturbedSolve(BestResponse):
         x_norm = _tree.norm(solved.inputs)
         if self.scale is not None:
             return torch.full_like(x_norm, self.scale)
-        root = math.pow(_tree.coarsest_epsilon((v, solved.inputs)), 1 / 3 if self.central else 1 / 2)
+        root = math.pow(solved.epsilon(v), 1 / 3 if self.central else 1 / 2)
         return root * (1 + x_norm) / math.sqrt(max(_tree.size(solved.inputs), 1))

@@ -53,6 +53,7 @@ class SAMA(BestResponse):
 
     requires: ClassVar[Requires] = "solution"
     claims: ClassVar[Claims] = Claims(target="step", exact=False, knob="scale", assumes=frozenset({"minimization"}))
+    second_order: ClassVar[bool] = False
     uses_optimizer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ from funcmlo.linear.checks import check_iterations
 Distribution = Literal["gaussian", "rademacher"]
 
 DISTRIBUTIONS: dict[str, Callable[[Sequence[int], torch.Generator], Tensor]] = {
-    "gaussian": lambda shape, generator: torch.randn(shape, generator=generator),
+    "gaussian": lambda shape, generator: torch.randn(shape, generator=generator, dtype=torch.float32),
     "rademacher": lambda shape, generator: 2.0 * torch.randint(0, 2, shape, generator=generator) - 1.0,
 }
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
-from funcmlo import _tree
+from funcmlo import _tree, precision
 from funcmlo._tree import Tree
 
 Standing = tuple[Tree, Tree]
@@ -118,6 +119,9 @@ class Solved:
         evaluate: `evaluate(call, first, inputs, draw=None)`, another function of the level's arguments, with the first one
             in place of the level's parameters, under the batch and the randomness of `loss`.
         kept: the standings that `BestResponse.keep` asked for, by the step before which they are: values only.
+        autocast: the 16-bit dtype that the cost is computed in; None for the parameters' own. See `epsilon`.
+        loss_scale: the factor under which reverse passes keep 16-bit derivatives in range; None for none.
+        cost_inputs: the inputs that the cost itself reads; the others come in by the start, the optimizer or the projection.
         seed: an integer that follows from the program's seed, the level and its step, for estimators that draw.
     """
 
@@ -136,3 +140,17 @@ class Solved:
     evaluate: Callable[..., Any] | None = field(default=None, repr=False)
     kept: Mapping[int, Standing] = field(default_factory=dict, repr=False)
     seed: int = 0
+    cost_inputs: tuple[str, ...] = ()
+    autocast: torch.dtype | None = None
+    loss_scale: float | None = None
+
+    def epsilon(self, tree: Tree) -> float:
+        """Return the machine epsilon of the cost: of the coarsest dtype among a tree, the inputs and autocast's.
+
+        Args:
+            tree: a tree like the parameters.
+
+        Returns:
+            The epsilon, from which differences of the cost take their step.
+        """
+        return precision.epsilon((tree, self.inputs), self.autocast)

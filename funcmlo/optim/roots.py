@@ -33,6 +33,8 @@ def root(v: Tensor) -> Tensor:
     m / (√v + ε) along g → 0 with m ∝ g is that of m / ε.
     """
     # float16's smallest normal number, 6e-5, is no small second moment; its smallest number of all is 6e-8.
+    if v.is_complex():  # a complex step is far smaller than any floor, and has no order
+        return v.sqrt()
     floor = 2.0**-24 if v.dtype == torch.float16 else torch.finfo(v.dtype).tiny
     return v.clamp_min(floor).sqrt()
 

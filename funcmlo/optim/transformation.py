@@ -11,6 +11,7 @@ from torchopt.base import GradientTransformation
 
 from funcmlo import _tree
 from funcmlo._tree import Tree
+from funcmlo.errors import ParameterError
 
 
 class Mended(GradientTransformation):  # type: ignore[misc]  # torchopt is not typed
@@ -55,6 +56,12 @@ def chain(*parts: GradientTransformation | None, name: str = "chain") -> Mended:
 
     def update(updates: Tree, state: Any, *, params: Tree = None, inplace: bool = False) -> tuple[Tree, Any]:
         del inplace
+        if not isinstance(state, tuple) or len(state) != len(made):
+            raise ParameterError(
+                f"{name} was handed the state of another optimizer ({type(state).__name__} of "
+                f"{len(state) if isinstance(state, tuple) else 0} parts, expected {len(made)}); begin with the state that "
+                "its own init, or program.init, returns."
+            )
         after = []
         for part, own in zip(made, state, strict=True):
             updates, new = part.update(updates, own, params=params, inplace=False)

@@ -7,10 +7,9 @@ import traceback
 from dataclasses import dataclass
 
 from funcmlo.errors import listing
+from funcmlo.kernels import OPERATION, REVERSE, SECOND, WAYS, sentence
 from funcmlo.probing.watching import Watch, bare
 
-SECOND = "take an estimator of gradients alone: FiniteDifference(), Penalty(), AID(…, Hessian('finite_difference'), …)"
-REVERSE = "take reverse mode: ITD(), AID(…, Hessian('kept'), …); forward mode is not needed elsewhere"
 LOOP = "call it in a loop in place of torch.func.vmap"
 OUTSIDE = "use it outside of torch.func's transforms, where plain autograd does"
 
@@ -18,23 +17,13 @@ _WAYS: dict[str, str] = {"second": SECOND, "forward": REVERSE, "map": LOOP, "fun
 """What to do where nothing better is known, by the kind of question."""
 
 _RULES: tuple[tuple[str, str], ...] = (
-    (
-        r"scaled_dot_product|(flash|efficient)_attention",
-        "compute attention by its formula: `with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):` "
-        "around the loss",
-    ),
-    (r"(?i)cudnn.?rnn", "leave cuDNN: `with torch.backends.cudnn.flags(enabled=False):` around the loss"),
-    (r"mkldnn_rnn", "leave oneDNN: `with torch.backends.mkldnn.flags(enabled=False):` around the loss"),
-    (r"cdist|pdist", "write distances out: torch.linalg.vector_norm(x[:, None] - y[None], dim=-1)"),
-    (r"embedding_bag", "torch.nn.functional.embedding(index, weight) and then .sum(1) or .mean(1)"),
+    *WAYS,
     (r"randomness", "torch.func.vmap(…, randomness='same'), or 'different'; under funcmlo's seeds both are reproducible"),
     (
         r"setup_context",
         "split its forward: forward(*inputs) without ctx, and a staticmethod setup_context(ctx, inputs, output)",
     ),
     (r"have vmap support", "set generate_vmap_rule = True in it, or write its vmap staticmethod"),
-    (r"implement the jvp function", "write its jvp staticmethod; or " + REVERSE),
-    (r"once.differentiable", "write its backward with differentiable torch operations, without once_differentiable"),
     (
         r"data-dependent control flow|\.item\(\) on a Tensor",
         "torch.where(condition, a, b) in place of if; keep numbers as tensors in place of .item()",
@@ -92,9 +81,7 @@ def fault_of(error: BaseException, kind: str, seen: Watch, tour: Watch) -> Fault
     """
     text = " ".join(str(error).split())
     operation, line = _operation(error, text, seen, tour)
-    sentence = re.split(r"(?<=[a-z])\. |; | Please | For more details", f"{text} ")[0].strip().rstrip(".")
-    sentence = sentence if len(sentence) <= 200 else sentence[:200] + "…"
-    message = f"{type(error).__name__}: {sentence}" + (f" ({line})" if line else "")
+    message = f"{type(error).__name__}: {sentence(text)}" + (f" ({line})" if line else "")
     return Fault(message, operation, remedy_for(f"{operation} {text}", kind))
 
 
@@ -136,9 +123,7 @@ def _operation(error: BaseException, text: str, seen: Watch, tour: Watch) -> tup
     """The operation at fault and its line."""
     if function := _custom(error, text, tour):
         return f"{function} (torch.autograd.Function)", None
-    found = re.search(
-        r"derivative for '?(?:aten::)?(\w+)|forward AD with (\w+)|over aten::(\w+)|Function '(\w+?Backward\d*)'", text
-    )
+    found = OPERATION.search(text)
     if found:
         kernel = next(name for name in found.groups() if name)
         known = next((w.kernels[bare(kernel)] for w in (seen, tour) if bare(kernel) in w.kernels), None)
