@@ -51,9 +51,12 @@ def value_and_grads(
         aliases = [_tree.map(_alias if record else _leaf, argument) for argument in arguments]
         value, extra = cost(*aliases)
     flat = [leaf for alias in aliases for leaf in _tree.leaves(alias)]
-    grads = precision.in_range(
-        lambda seed: _autograd([value], flat, seed, create_graph=record, retain_graph=record), [torch.ones_like(value)]
-    )
+    if precision.scaling():
+        grads = precision.in_range(
+            lambda seed: _autograd([value], flat, seed, create_graph=record, retain_graph=record), [torch.ones_like(value)]
+        )
+    else:
+        grads = _autograd([value], flat, None, create_graph=record, retain_graph=record)
     if not record:
         value, extra = value.detach(), _tree.detach(extra)
     trees, used = [], []
@@ -152,7 +155,7 @@ def _pullback(
 
 
 def _autograd(
-    outputs: list[Tensor], leaves: list[Tensor], cotangents: list[Tensor], *, create_graph: bool, retain_graph: bool
+    outputs: list[Tensor], leaves: list[Tensor], cotangents: list[Tensor] | None, *, create_graph: bool, retain_graph: bool
 ) -> list[Tensor | None]:
     """`torch.autograd.grad`, also where no output is differentiable or no leaf is given."""
     live = [i for i, output in enumerate(outputs) if output.requires_grad]
@@ -162,7 +165,7 @@ def _autograd(
         torch.autograd.grad(
             [outputs[i] for i in live],
             leaves,
-            [cotangents[i] for i in live],
+            None if cotangents is None else [cotangents[i] for i in live],
             create_graph=create_graph,
             retain_graph=retain_graph,
             allow_unused=True,

@@ -40,8 +40,7 @@ _SECOND = re.compile(r"derivative for .* is not implemented|once.differentiable|
 _FORWARD = re.compile(r"^(?!.*setup_context).*(forward (mode )?AD|\bjvp\b)")
 
 
-@contextmanager
-def attention(*, formula: bool) -> Generator[None]:
+class attention:  # ruff: ignore[invalid-class-name] - used as a function, on every evaluation of every cost
     """Run a block with attention computed by its formula, softmax(QKᵀ/√d) V, which has derivatives of every order.
 
     The fused kernels of `torch.nn.functional.scaled_dot_product_attention` have first ones alone, and no forward mode.
@@ -50,15 +49,22 @@ def attention(*, formula: bool) -> Generator[None]:
     Args:
         formula: whether it is; else the block runs as it is.
     """
-    chosen = _chosen()
-    if not formula or chosen == _FORMULA:
-        yield
-        return
-    _choose(*_FORMULA)
-    try:
-        yield
-    finally:
-        _choose(*chosen)
+
+    __slots__ = ("_before", "_formula")
+
+    def __init__(self, *, formula: bool) -> None:
+        self._formula = formula
+
+    def __enter__(self) -> None:
+        """Choose the formula."""
+        self._before = _chosen() if self._formula else _FORMULA
+        if self._before != _FORMULA:
+            _choose(*_FORMULA)
+
+    def __exit__(self, *raised: object) -> None:
+        """Choose what was chosen before."""
+        if self._before != _FORMULA:
+            _choose(*self._before)
 
 
 _FORMULA = (False, False, False, True)

@@ -97,6 +97,10 @@ class Level:
 
     own_argument: str | None = field(init=False, repr=False)
     """The name of the loss's first argument; None where it only takes `*args`."""
+    carries_buffers: bool = field(init=False, repr=False)
+    """Whether the level has buffers of its own, which its loss moves on."""
+    second_order: bool = field(init=False, repr=False)
+    """Whether an estimator through which the levels above differentiate takes more than gradients of the cost."""
     _cost: Call = field(init=False, repr=False)
     _start: Call | None = field(init=False, repr=False)
     _factory: Call | None = field(init=False, repr=False)
@@ -111,6 +115,8 @@ class Level:
         cost, own = read_call(self.loss, self.reads, owner=f"{owner} loss", own=True)
         object.__setattr__(self, "_cost", cost)
         object.__setattr__(self, "own_argument", own)
+        object.__setattr__(self, "carries_buffers", BUFFERS in cost.buffers)
+        object.__setattr__(self, "second_order", any(response.second_order for response in self.responses))
         start = None if self.init is None else read_call(self.init, None, owner=f"{owner} init", own=False)[0]
         object.__setattr__(self, "_start", start)
         project = self.project
@@ -166,11 +172,6 @@ class Level:
         return self._cost.buffers
 
     @property
-    def carries_buffers(self) -> bool:
-        """Whether the level has buffers of its own, which its loss moves on."""
-        return BUFFERS in self._cost.buffers
-
-    @property
     def start_levels(self) -> tuple[str, ...]:
         """The levels that `init` reads."""
         return () if self._start is None else self._start.levels
@@ -195,11 +196,6 @@ class Level:
     def responses(self) -> tuple[BestResponse, ...]:
         """The estimators through which the levels above differentiate."""
         return (self.response,) if isinstance(self.response, BestResponse) else tuple(self.response.values())
-
-    @property
-    def second_order(self) -> bool:
-        """Whether an estimator through which the levels above differentiate takes more than gradients of the cost."""
-        return any(response.second_order for response in self.responses)
 
     @property
     def optimizer_is_made(self) -> bool:

@@ -128,18 +128,31 @@ def epsilon(tree: Tree, autocast: torch.dtype | None) -> float:
     return max(coarsest, torch.finfo(autocast).eps) if casts and autocast is not None else coarsest
 
 
-@contextmanager
-def scaled(scale: float | None) -> Generator[None]:
+class scaled:  # ruff: ignore[invalid-class-name] - used as a function, on every step
     """Run a block whose reverse passes are scaled, or, with None, are not.
 
     Args:
         scale: S: a cost's gradient is taken as ∇(S · cost) / S.
     """
-    token = _scale.set(scale)
-    try:
-        yield
-    finally:
-        _scale.reset(token)
+
+    __slots__ = ("_scale", "_token")
+
+    def __init__(self, scale: float | None) -> None:
+        self._scale = scale
+
+    def __enter__(self) -> None:
+        """Begin to scale."""
+        self._token = None if self._scale is _scale.get() else _scale.set(self._scale)
+
+    def __exit__(self, *raised: object) -> None:
+        """Scale as before."""
+        if self._token is not None:
+            _scale.reset(self._token)
+
+
+def scaling() -> bool:
+    """Say whether reverse passes are being scaled."""
+    return _scale.get() is not None
 
 
 def in_range(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -150,9 +150,14 @@ class Problem:
             returned = call(first, values=values)
         return precision.raised(returned, first) if self.level.autocast else returned
 
-    @contextmanager
-    def _evaluating(self, params: Tree, t: int) -> Generator[None]:
+    def _evaluating(self, params: Tree, t: int) -> AbstractContextManager[None]:
         """The state of torch in which everything of a step's cost is evaluated: its precision, kernels and seed."""
+        if self.level.autocast is None and not self.level.second_order:
+            return _random.seeded(self._seed_of("", t))
+        return self._carefully(params, t)
+
+    @contextmanager
+    def _carefully(self, params: Tree, t: int) -> Generator[None]:
         with (
             precision.evaluating(self.level.autocast, params),
             kernels.attention(formula=self.level.second_order),
@@ -264,19 +269,7 @@ class Problem:
         return projected
 
     def start(self, inputs: dict[str, Tree], params: Tree, opt_state: Tree) -> tuple[Tree, Tree]:
-        """Return where the inner loop begins: where the level stands, or where its `init` says.
-
-        Args:
-            inputs: the parameters of the levels that it reads.
-            params: where the level stands.
-            opt_state: its optimizer's state there.
-
-        Returns:
-            Parameters and optimizer state.
-
-        Raises:
-            ParameterError: `init` returned a tree unlike the level's parameters.
-        """
+        """Return where the inner loop begins, and the optimizer's state there: where the level stands, or as `init` says."""
         if self.level.init is None:
             return params, opt_state
         if self.has_tasks:
