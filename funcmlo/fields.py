@@ -41,7 +41,8 @@ def check_fields(level: Any) -> None:
     origin = (getattr(level.optimizer, "__module__", None) or "").partition(".")[0]
     if level.optimizer is Solver:
         raise DefinitionError(f"level '{name}': optimizer=Solver is not called; expected fm.Solver(function).")
-    if not is_transformation(level.optimizer) and origin in {"torch", "torchopt"}:
+    module = getattr(level.optimizer, "__module__", None) or ""
+    if not is_transformation(level.optimizer) and (origin in {"torch", "torchopt"} or module.startswith("funcmlo.optim")):
         raise DefinitionError(
             f"level '{name}': optimizer={getattr(level.optimizer, '__name__', level.optimizer)!r} is not called; expected "
             "a functional optimizer such as torchopt.sgd(0.1)."

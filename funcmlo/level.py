@@ -40,7 +40,8 @@ class Level:
         steps: updates for each update of the levels above (of a top level: for each call of `step`); with 0 the level is
             taken to be solved where it stands.
         response: how the levels above differentiate through this one's solution; a dict by level name where they
-            do it differently, `{"weights": AID(CG(20)), "augmentation": FiniteDifference()}`.
+            do it differently, `{"weights": AID(CG(20)), "augmentation": FiniteDifference()}`. Where it takes second
+            derivatives, `scaled_dot_product_attention` is evaluated by its formula, since the fused kernels have none.
         reads: level names (or `"batch"`) by argument name, where the loss's arguments are not named after levels.
         init: where each inner loop starts, a function of level names (`lambda meta: meta`); the optimizer starts
             afresh there too. Without it the level goes on from where it stopped.

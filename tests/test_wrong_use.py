@@ -108,6 +108,11 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         D,
         r"no argument 'w' that reads= names; its arguments: x, batch",
     ),
+    "a maker that is not called": (
+        lambda: level(optimizer=fm.optim.sgd),
+        D,
+        r"optimizer='sgd' is not called; expected a functional optimizer such as torchopt.sgd\(0.1\)",
+    ),
     "reads= that is no dict": (lambda: level(reads=["x"]), D, r"reads must be a dict.*\['x'\] came"),
     "a level that reads itself": (
         lambda: level(loss=lambda p, y: 0.0),

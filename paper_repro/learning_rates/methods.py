@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torchopt
 from torch import Tensor
 from torchopt.base import GradientTransformation
-from torchopt.transform import trace
 
 import funcmlo as fm
 from paper_repro.learning_rates.problem import Params, Problem, Settings
@@ -50,24 +48,20 @@ def per_step(rates: Rates, settings: Settings) -> GradientTransformation:
 
 
 def per_layer(rates: Rates, settings: Settings) -> GradientTransformation:
-    """One rate for each layer, found by the first part of a parameter's name."""
-    return _by_parameter(lambda name: rates[name.partition(".")[0]], settings)
+    """One rate for each layer, which all of its parameters share."""
+    return _by_parameter({f"{layer}.{part}": rates[layer] for layer in rates for part in ("weight", "bias")}, settings)
 
 
 def per_parameter(rates: Rates, settings: Settings) -> GradientTransformation:
     """One rate for every single number of the classifier: Meta-SGD's α, with the start kept fixed."""
-    return _by_parameter(rates.__getitem__, settings)
+    return _by_parameter(rates, settings)
 
 
-def _by_parameter(log_rate: Callable[[str], Tensor], settings: Settings) -> GradientTransformation:
-    def init(params: Params) -> Tensor:
-        return torch.zeros((), dtype=torch.int64)
+def _by_parameter(log_rates: Rates, settings: Settings) -> GradientTransformation:
+    def rates(t: Tensor) -> Rates:
+        return {name: rate.exp() * _left(t, settings) for name, rate in log_rates.items()}
 
-    def update(updates: Params, t: Tensor, *, params: Any = None, inplace: bool = False) -> tuple[Params, Tensor]:
-        del params, inplace
-        return {name: -log_rate(name).exp() * _left(t, settings) * m for name, m in updates.items()}, t + 1
-
-    return torchopt.chain(trace(momentum=settings.momentum), GradientTransformation(init, update))
+    return fm.optim.sgd(rates, momentum=settings.momentum)
 
 
 def _left(t: Tensor, settings: Settings) -> Tensor:
