@@ -139,7 +139,8 @@ def test_what_is_recorded_is_what_is_claimed(recorded: dict[str, Any]) -> None:
         assert reached([o["valid"] for o in by_name[name]], grid) == 5, name
     assert reached([o["last"] for o in by_name["one-rate"]], grid) == 5
     for name in FROM_BELOW:
-        assert max(error for o in by_name[name] for error in o["errors"]) < 1e-8, name
+        # The table's largest is 3e-8, with momentum at the edge of stability, where the differences' own error grows.
+        assert max(error for o in by_name[name] for error in o["errors"]) < (1e-7 if "momentum" in name else 1e-8), name
     for name in ("momentum-from-below", "from-above"):
         assert reached([o["valid"] for o in by_name[name]], grid) < 5, name
 
