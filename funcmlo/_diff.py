@@ -20,6 +20,7 @@ from torch import Tensor
 
 from funcmlo import _reached, _tracing, _tree, precision
 from funcmlo._tree import Tree
+from funcmlo.errors import LossError
 
 
 class Pullback(Protocol):
@@ -161,16 +162,24 @@ def _autograd(
     live = [i for i, output in enumerate(outputs) if output.requires_grad]
     if not live or not leaves:
         return [None] * len(leaves)
-    return list(
-        torch.autograd.grad(
-            [outputs[i] for i in live],
-            leaves,
-            None if cotangents is None else [cotangents[i] for i in live],
-            create_graph=create_graph,
-            retain_graph=retain_graph,
-            allow_unused=True,
+    try:
+        return list(
+            torch.autograd.grad(
+                [outputs[i] for i in live],
+                leaves,
+                None if cotangents is None else [cotangents[i] for i in live],
+                create_graph=create_graph,
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
         )
-    )
+    except RuntimeError as error:
+        if "device meta" not in str(error):
+            raise
+        raise LossError(
+            "a part of a loss is evaluated again in the backward pass, as torch.utils.checkpoint does, when the parameters "
+            "have left its module; take the checkpoint out (ITD(memory='recompute') saves memory in its place)."
+        ) from error
 
 
 def _materialize(grads: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -152,15 +152,16 @@ class Problem:
 
     def _evaluating(self, params: Tree, t: int) -> AbstractContextManager[None]:
         """The state of torch in which everything of a step's cost is evaluated: its precision, kernels and seed."""
-        if self.level.autocast is None and not self.level.second_order:
+        formula = self.level.second_order or _tracing.mapping()  # no map knows the fused kernels of attention
+        if self.level.autocast is None and not formula:
             return _random.seeded(self._seed_of("", t))
-        return self._carefully(params, t)
+        return self._carefully(params, t, formula)
 
     @contextmanager
-    def _carefully(self, params: Tree, t: int) -> Generator[None]:
+    def _carefully(self, params: Tree, t: int, formula: bool) -> Generator[None]:
         with (
             precision.evaluating(self.level.autocast, params),
-            kernels.attention(formula=self.level.second_order),
+            kernels.attention(formula=formula),
             _random.seeded(self._seed_of("", t)),
         ):
             yield

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from funcmlo import _tracing, _tree
 from funcmlo._tree import Tree
-from funcmlo.errors import BatchError
+from funcmlo.errors import BatchError, EstimatorError, FuncmloError
 
 Randomness = Literal["different", "same"]
 Reduce: TypeAlias = Literal["mean", "sum"] | Callable[[Tensor], Tensor] | None
@@ -141,7 +141,15 @@ class Tasks:
             as_lane = _tracing.lanes()
             return evaluate(Slice(first, lambda x: as_lane(x, slice(first, last))))
 
-        tensors, summands = torch.func.vmap(lane, randomness=self.randomness)(torch.arange(first, last))
+        try:
+            tensors, summands = torch.func.vmap(lane, randomness=self.randomness)(torch.arange(first, last))
+        except RuntimeError as error:
+            if isinstance(error, FuncmloError):
+                raise
+            raise EstimatorError(
+                f"the tasks cannot be evaluated together by torch.func.vmap ({str(error).splitlines()[0][:200]}); give the "
+                "level chunk=1, which takes one after the other, or look at its loss if the same is said there."
+            ) from error
         return tensors, [x.sum(0) for x in summands]
 
     def values(self, function: Callable[[Slice], Tree]) -> Tree:

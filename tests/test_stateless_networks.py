@@ -7,6 +7,8 @@ import warnings
 
 import pytest
 import torch
+import torch.utils.checkpoint
+import torchopt
 from torch import nn
 
 import funcmlo as fm
@@ -310,3 +312,23 @@ def test_wrong_uses_are_named(name: str) -> None:
     wrong, kind, message = WRONG[name]
     with pytest.raises(kind, match=message):
         wrong()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        deep = torch.utils.checkpoint.checkpoint(nn.Sequential(self.a, nn.Tanh()), x, use_reentrant=False)
+        return self.b(deep)
+
+
+def test_a_checkpoint_inside_of_a_module_is_told():
+    net, x = fm.Stateless(Checkpointed()), torch.ones(5, 3)
+    program = fm.Multilevel(
+        fm.Level("w", lambda w, d: (d * net(w, x) ** 2).mean(), torchopt.sgd(0.1), response=fm.ITD()),
+        fm.Level("d", lambda d, w: (net(w, x) ** 2).mean() + d**2, torchopt.sgd(0.1)),
+    )
+    with pytest.raises(fm.LossError, match=r"evaluated again in the backward pass, as torch.utils.checkpoint does"):
+        program.step(program.init({"w": net.params(), "d": torch.ones(())}), {})

@@ -496,6 +496,42 @@ def stepped(batches: Any) -> object:
     return program.step(program.init({"x": META}), batches)
 
 
+def recurrent(chunk: int | None) -> dict[str, Tensor]:
+    net = fm.Stateless(nn.LSTM(2, 3, batch_first=True).double())
+
+    def fit(w: Any, batch: Tensor) -> Tensor:
+        return (net(w, batch)[0] ** 2).mean()
+
+    program = fm.Multilevel(
+        fm.Level("w", fit, torchopt.sgd(0.1), steps=2, tasks=N, chunk=chunk, init=lambda m: m, response=fm.ITD()),
+        fm.Level("m", lambda m, w, batch: fit(w, batch), torchopt.sgd(0.1)),
+    )
+    sequences = given(5, 3, 4, 2)
+    return program.hypergradient(program.init({"m": net.params()}), {"w": sequences, "m": sequences}, of="m")
+
+
+def test_one_after_the_other_where_a_layer_knows_no_map() -> None:
+    assert all(torch.isfinite(g).all() and g.norm() > 0 for g in recurrent(1).values())
+
+
+def test_attention_in_tasks_is_computed_by_its_formula() -> None:
+    """No map knows the fused kernels: they would warn, and run one lane after the other."""
+
+    def fit(w: Tensor, batch: Tensor) -> Tensor:
+        q = (batch @ w)[None]
+        return (nn.functional.scaled_dot_product_attention(q, q, q) ** 2).mean()
+
+    def hypergradient(chunk: int | None) -> Tensor:
+        program = fm.Multilevel(
+            fm.Level("w", fit, torchopt.sgd(0.1), steps=2, tasks=N, chunk=chunk, init=lambda m: m, response=fm.ITD()),
+            fm.Level("m", lambda m, w, batch: fit(w, batch), torchopt.sgd(0.1)),
+        )
+        state = program.init({"m": torch.eye(4, dtype=torch.float64)})
+        return program.hypergradient(state, {"w": given(5, 3, 4), "m": given(6, 3, 4)}, of="m")
+
+    assert torch.allclose(hypergradient(None), hypergradient(1), rtol=1e-12)
+
+
 D, P = fm.DefinitionError, fm.ParameterError
 WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "no number": (lambda: level(tasks=0), D, r"tasks=0; expected an integer of at least 1, or None"),
@@ -550,6 +586,11 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: alone(fm.ITD()).step(alone(fm.ITD()).init({"x": META}), {"y": fm.Shared((CURVE, GOAL)), "x": SEEN[0]}),
         fm.BatchError,
         r"batches\['y'\] is fm.Shared, but level 'y' has no tasks and reads none; pass the batch itself",
+    ),
+    "a layer that no map knows": (
+        lambda: recurrent(None),
+        fm.EstimatorError,
+        r"the tasks cannot be evaluated together by torch.func.vmap \(output with shape.*chunk=1",
     ),
     "a comparison": (
         lambda: fm.compare([fm.ITD()], many(fm.ITD()), many(fm.ITD()).init({"x": META}), BATCHES),
