@@ -178,6 +178,28 @@ def test_programs_mapped_over_buffers() -> None:
         assert torch.allclose(ms[i], one.buffers["y"]["m"], rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("response", [fm.ITD(), fm.ITD(memory="recompute"), fm.AID(fm.CG(9))], ids=str)
+def test_nothing_is_differentiated_by_them(response: fm.BestResponse) -> None:
+    """Whether the loss cuts them from its graph or not."""
+
+    def cost(cut: bool) -> Callable[..., Any]:
+        def loss(y: Tensor, x: Tensor, buffers: dict[str, Tensor]) -> Any:
+            new = 0.6 * buffers["m"] + 0.1 * y * x
+            return energy(y, x, buffers["m"]), {"buffers": {"m": new.detach() if cut else new}}
+
+        return loss
+
+    answers = []
+    for cut in (True, False):
+        lower = fm.Level("y", cost(cut), torchopt.sgd(0.5), steps=STEPS, response=response)
+        program = fm.Multilevel(lower, fm.Level("x", above, torchopt.sgd(0.1)))
+        state = program.init({"y": torch.zeros_like(X), "x": torch.ones_like(X)}, buffers={"y": {"m": START["m"]}})
+        answers.append(program.hypergradient(state, {}, of="x"))
+        after, _ = program.step(state, {})
+        assert not after.buffers["y"]["m"].requires_grad
+    assert torch.equal(*answers)
+
+
 def test_oracles_see_them() -> None:
     program, reference = programs(fm.ITD())
     state, other = first(program, buffers={"y": START}), first(reference)

@@ -518,7 +518,7 @@ def test_attention_in_tasks_is_computed_by_its_formula() -> None:
     """No map knows the fused kernels: they would warn, and run one lane after the other."""
 
     def fit(w: Tensor, batch: Tensor) -> Tensor:
-        q = (batch @ w)[None]
+        q = (batch @ w)[None, None]
         return (nn.functional.scaled_dot_product_attention(q, q, q) ** 2).mean()
 
     def hypergradient(chunk: int | None) -> Tensor:
