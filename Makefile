@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo peers test test-thorough bench bench-memory bench-long bench-warm lint clean
+.PHONY: help demo peers test test-thorough bench bench-memory bench-long bench-warm bench-run lint clean
 
 help:  ## Say what can be made.
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,6 +36,9 @@ bench-long: $(INSTALLED)  ## Differentiate 10,000 inner steps of a million param
 bench-warm: $(INSTALLED)  ## Print what warm-started linear solves save on a real run (minutes).
 	$(BIN)/python -m tests.benchmarks.warm_start
 
+bench-run: $(INSTALLED)  ## Measure what the run loop costs, and that thousands of steps leak nothing (minutes).
+	$(BIN)/python -m tests.benchmarks.run_loop
+
 lint: $(INSTALLED)  ## Check style, docstrings and types.
 	@echo "==> ruff and mypy"
 	$(BIN)/ruff check .
@@ -51,5 +54,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "==> installing funcmlo and its tools into .venv (once; a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv 2>/dev/null || { rm -rf .venv; \
 	  $(PYTHON) -m pip install --quiet --user virtualenv && $(PYTHON) -m virtualenv --quiet .venv; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,paper,kfac,compare]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,paper,kfac,compare,loggers]'
 	@touch $(INSTALLED)

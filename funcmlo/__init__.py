@@ -5,17 +5,22 @@ from funcmlo._argmin import argmin
 from funcmlo._compare import compare
 from funcmlo._fixed_point import fixed_point
 from funcmlo._probe import probe
+from funcmlo._processes import Processes, processes
+from funcmlo.batches import Microbatches
 from funcmlo.comparing.comparison import Comparison
 from funcmlo.curvature import Curvature, Damped, FixedPoint, GaussNewton, Hessian, Resampled
 from funcmlo.errors import (
     BatchError,
+    CheckpointError,
     DefinitionError,
     EstimatorError,
     FuncmloError,
     FuncmloWarning,
     LossError,
     NonFiniteError,
+    OutOfMemoryError,
     ParameterError,
+    ProcessError,
 )
 from funcmlo.graph import Graph
 from funcmlo.hypergrad import (
@@ -56,6 +61,16 @@ from funcmlo.solver import Solver
 from funcmlo.state import State
 from funcmlo.stateless import Stateless
 from funcmlo.tasks import Shared, per_task
+from funcmlo.train import (
+    Callback,
+    CSVLogger,
+    EarlyStopping,
+    MLflowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+    load,
+    save,
+)
 
 __version__ = "0.1.0"
 
@@ -69,13 +84,17 @@ __all__ = [
     "SAMA",
     "BatchError",
     "BestResponse",
+    "CSVLogger",
+    "Callback",
     "Checkpoint",
+    "CheckpointError",
     "Claims",
     "Comparison",
     "Curvature",
     "Damped",
     "DefinitionError",
     "Direct",
+    "EarlyStopping",
     "EstimatorError",
     "FiniteDifference",
     "FixedPoint",
@@ -90,6 +109,8 @@ __all__ = [
     "Level",
     "LinearSolver",
     "LossError",
+    "MLflowLogger",
+    "Microbatches",
     "Multilevel",
     "Neumann",
     "NonFiniteError",
@@ -98,10 +119,13 @@ __all__ = [
     "OneStep",
     "Operator",
     "OptimizerIdentity",
+    "OutOfMemoryError",
     "ParameterError",
     "Penalty",
     "PerturbedSolve",
     "Probe",
+    "ProcessError",
+    "Processes",
     "Resampled",
     "Schedule",
     "Shared",
@@ -110,13 +134,18 @@ __all__ = [
     "State",
     "Stateless",
     "Stats",
+    "TensorBoardLogger",
+    "WandbLogger",
     "argmin",
     "compare",
     "fixed_point",
+    "load",
     "optim",
     "per_task",
     "probe",
+    "processes",
     "projections",
+    "save",
     "testing",
     "transforms",
 ]

@@ -164,7 +164,7 @@ def _place(program: Any, of: str | None, through: str | Sequence[str] | None) ->
             raise DefinitionError(f"the program has several top levels, {listing(graph.tops)}; say of='{graph.tops[-1]}'.")
         of = graph.tops[0]
     graph.check(of)
-    possible = tuple(name for name in graph.levels if of in program._users[name])
+    possible = tuple(name for name in graph.levels if of in program._plan.users[name])
     if not possible:
         raise DefinitionError(
             f"level '{of}' differentiates through no lower level, so no estimator enters its hypergradient. Its graph:\n"

@@ -9,12 +9,62 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from funcmlo import _tracing, _tree
 from funcmlo.errors import BatchError, listing, suggest
 from funcmlo.level import Level
 from funcmlo.tasks import Shared
+
+
+class Microbatches(Sequence[Any]):
+    """The parts of a batch that is too large to be evaluated at once: a cost is their mean, weighted by their examples.
+
+    A level's own gradient is taken part by part, with the memory of one. Estimators take their derivatives of the whole
+    cost, with the graphs of all parts. Buffers move on from part to part, and each part draws numbers of its own.
+
+    Args:
+        parts: batches whose first tensors tell by their first axis how many examples they have.
+
+    Raises:
+        BatchError: there is none.
+
+    Example:
+        The mean of 1, 2 and 6:
+
+        >>> import torch, torchopt, funcmlo as fm
+        >>> program = fm.Multilevel(fm.Level("y", lambda y, batch: (y * batch).mean(), torchopt.sgd(1.0)))
+        >>> state = program.init({"y": torch.zeros(())})
+        >>> state, _ = program.step(state, {"y": fm.Microbatches([torch.tensor([1.0, 2.0]), torch.tensor([6.0])])})
+        >>> state.params["y"]
+        tensor(-3.)
+    """
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = tuple(parts)
+        if not self.parts:
+            raise BatchError("Microbatches([]): expected at least one batch.")
+        self.sizes = tuple(examples(part) for part in self.parts)
+
+    def __len__(self) -> int:
+        """Return how many parts there are."""
+        return len(self.parts)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a part."""
+        return self.parts[index]
+
+    def __repr__(self) -> str:
+        """Tell the parts' sizes."""
+        return f"Microbatches({' + '.join(map(str, self.sizes))} examples)"
+
+
+def examples(batch: Any) -> int:
+    """Return how many examples a batch has: the first axis of its first tensor that has one; else 1."""
+    if isinstance(batch, Microbatches):
+        return sum(batch.sizes)
+    return next((x.shape[0] for x in _tree.leaves(batch) if isinstance(x, Tensor) and x.dim()), 1)
 
 
 class Feed(Protocol):
@@ -104,12 +154,14 @@ class _Indexed:
 
     def __init__(self, source: Feed) -> None:
         self._source = source
+        self._mapped = _tracing.transforming()
         self._last: tuple[int, Any] | None = None
 
     def __call__(self, t: int) -> Any:
         if self._last is None or self._last[0] != t:
-            # Kept longer than the derivative that asks for it: what is made inside of one must not stay there.
-            self._last = (t, _outside(self._source(t)))
+            # Kept longer than the derivative or the map that asks for it: what is made inside of one must not stay there.
+            made = _outside(self._source(t)) if self._mapped else _tracing.call_outside(self._source, t)
+            self._last = (t, made)
         return self._last[1]
 
 
@@ -118,6 +170,7 @@ class _Sequential:
 
     def __init__(self, level: str, iterator: Iterator[Any], start: int) -> None:
         self._level, self._iterator = level, iterator
+        self._mapped = _tracing.transforming()
         self._kept: dict[int, Any] = {}
         self._first = self._next = start
 
@@ -125,7 +178,9 @@ class _Sequential:
         t = max(t, self._first)  # a level without inner steps asks for its last batch, which is gone: give the next
         while self._next <= t:
             try:
-                self._kept[self._next] = next(self._iterator)
+                # Outside of the map over tasks, which makes of what is drawn something else.
+                drawn = next(self._iterator) if self._mapped else _tracing.call_outside(next, self._iterator)
+                self._kept[self._next] = drawn
             except StopIteration:
                 drawn = self._next - self._first
                 raise BatchError(

@@ -11,28 +11,30 @@ from torch import Tensor
 from funcmlo import _diff
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed
+from funcmlo.hypergrad.solved import Standing
 from funcmlo.level import Level
 from funcmlo.problem import Problem
+from funcmlo.roles import Roles
 from funcmlo.signature import BUFFERS, holder
 from funcmlo.state import State
-from funcmlo.tasks import Tasks
 
 
-def bound(level: Level, feeds: Mapping[str, Feed], state: State, tasks: Mapping[str, Tasks]) -> Problem:
+def bound(level: Level, feeds: Mapping[str, Feed], state: State, roles: Roles) -> Problem:
     """Return a level with its batches, its randomness and its buffers bound, at its next step.
 
     Args:
         level: the level.
         feeds: the batches of the levels that make updates.
         state: where the program stands.
-        tasks: what the program's levels have to do with tasks.
+        roles: what the program's levels have to do with tasks and with other processes.
 
     Returns:
         The problem.
     """
     feed = feeds.get(level.name, no_batch)  # of a level that only begins, no batch is asked
     name = level.name
-    return Problem(level, feed, state.seed, state.step[name], buffers(level, state), tasks.get(name))
+    tasks, sharing = roles.tasks.get(name), roles.sharing.get(name)
+    return Problem(level, feed, state.seed, state.step[name], buffers(level, state), tasks, sharing=sharing)
 
 
 def buffers(level: Level, state: State) -> dict[str, Tree]:
@@ -60,6 +62,17 @@ def with_buffers(state: State, name: str, fixed: Mapping[str, Any]) -> State:
         The state.
     """
     return replace(state, buffers={**state.buffers, name: fixed[BUFFERS]}) if BUFFERS in fixed else state
+
+
+def put(state: State, name: str, standing: Standing) -> State:
+    """Return a state with a level's parameters and optimizer state."""
+    params, opt_state = standing
+    return replace(state, params={**state.params, name: params}, optimizer={**state.optimizer, name: opt_state})
+
+
+def advanced(state: State, name: str, steps: int) -> State:
+    """Return a state with a level's step counter ahead by some steps."""
+    return replace(state, step={**state.step, name: state.step[name] + steps})
 
 
 def no_batch(t: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from funcmlo import _tracing
+from funcmlo import _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.batches import forget
 from funcmlo.hypergrad.base import Requires
@@ -27,6 +27,7 @@ class Found(NamedTuple):
         seen: the level's buffers, if it has any, before the steps that may be made again, the last one at least.
         after: its buffers after the last step.
         stays: the standings that were kept, by step.
+        slope: the norm of the last step's gradient; None without a step, or of an outside solver.
     """
 
     opt_state: Tree
@@ -36,6 +37,7 @@ class Found(NamedTuple):
     seen: list[dict[str, Tree]]
     after: dict[str, Tree]
     stays: dict[int, Standing]
+    slope: Tensor | None
 
 
 def descend(
@@ -60,13 +62,19 @@ def descend(
     aux: dict[str, Any] = {}
     stays: dict[int, Standing] = {}
     now, seen = problem, list[dict[str, Tree]]()
+    slope: Tensor | None = None
     for t in range(steps):
         if t in keep.before:
             stays[t] = held((y, s), keep.on_cpu)
         if problem.level.carries_buffers:
             seen = [*(seen if requires != "solution" else ()), own_buffers(now.fixed)]
-        y, s, cost, aux = now.update(y, s, inputs, t)
-        now, aux = now.after(aux)
+        if t < steps - 1 or problem.level.has_solver:
+            y, s, cost, aux = now.update(y, s, inputs, t)
+        else:
+            gradient, cost, aux = now.gradient(y, inputs, t)
+            slope = _tree.norm(_tree.detach(gradient))
+            y, s = now.apply(y, s, inputs, gradient, t)
+        now, aux = now.after(aux, t)
         if requires == "trajectory" or _tracing.transforming():
             costs.append(cost)
         else:  # side by side: small tensors that stay, one by one, would riddle the heap that the steps work in
@@ -76,7 +84,7 @@ def descend(
             states.append((y, s))
         elif requires == "solution" and not problem.level.roll_back:
             forget(problem.feed, problem.first + t)
-    return y, Found(s, tuple(states), costs, aux, seen, own_buffers(now.fixed), stays)
+    return y, Found(s, tuple(states), costs, aux, seen, own_buffers(now.fixed), stays, slope)
 
 
 def own_buffers(fixed: Mapping[str, Any]) -> dict[str, Tree]:

@@ -34,6 +34,18 @@ class EstimatorError(FuncmloError, ValueError):
     """A best response was used where it cannot work, or answered in a form that is not a best response's."""
 
 
+class CheckpointError(FuncmloError, OSError):
+    """A checkpoint cannot be written, is damaged, or does not fit the program."""
+
+
+class ProcessError(FuncmloError, RuntimeError):
+    """Processes that work together do not agree, or one of them is gone."""
+
+
+class OutOfMemoryError(FuncmloError, MemoryError):
+    """A step needed more memory than there is."""
+
+
 class FuncmloWarning(UserWarning):
     """Something is legal and yet probably not what was meant."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from funcmlo.errors import NonFiniteError
+from funcmlo.sharing import agreed
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,31 @@ class Event:
     stats: Mapping[str, Any] | None = None
 
 
-def check(events: Sequence[Event], levels: Mapping[str, Any]) -> None:
+def check(events: Sequence[Event], levels: Mapping[str, Any], apart: bool = False) -> None:
     """Raise at the first thing that is not finite.
 
     Args:
         events: what happened, in order.
         levels: the levels by name, for their loss scales.
+        apart: whether processes have events of their own; then all raise where one does.
 
     Raises:
         NonFiniteError: a cost, a level's parameters or a hypergradient is infinite or NaN; the message says which, where,
             and what to try.
     """
+    if not apart:
+        _check(events, levels)
+        return
+    found: NonFiniteError | None = None
+    try:
+        _check(events, levels)
+    except NonFiniteError as error:
+        found = error
+    if not agreed(found is None):
+        raise found or NonFiniteError("the tasks of another process are no longer finite; it says which.")
+
+
+def _check(events: Sequence[Event], levels: Mapping[str, Any]) -> None:
     for event in events:
         name, costs = event.level, event.costs
         if costs and not bool(torch.isfinite(torch.stack(list(costs))).all()):

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from funcmlo import _diff, _reached, _tracing, _tree, kernels, precision
+from funcmlo import _reached, _tracing, _tree, kernels, precision
 from funcmlo._tree import Tree
 from funcmlo.errors import EstimatorError, FuncmloWarning, listing
+from funcmlo.gradients import value_and_grads
 from funcmlo.graph import Graph
 from funcmlo.hypergrad.base import BestResponse, check_mapped
 from funcmlo.hypergrad.solved import Solved
 from funcmlo.hypergrad.stats import Stats
 from funcmlo.problem import Problem
+from funcmlo.sharing import apart
 from funcmlo.together import Answer, Together
 
 
@@ -63,6 +65,9 @@ def total_gradient(
 ) -> Folded:
     """Return the hypergradient of a level at one of its steps.
 
+    Where every estimator asked synchronizes once, each process makes the whole of it for its own examples; the processes'
+    answers are averaged in one exchange.
+
     Args:
         graph: the program's graph.
         problem: the level k, bound to its batch and seed.
@@ -74,16 +79,35 @@ def total_gradient(
     Returns:
         The total gradient with costs and stats.
     """
+    sharing = problem.sharing
+    if sharing is None or not solved or not all(estimator.synchronizes_once for estimator, _ in solved.values()):
+        return _folded(graph, problem, params, solved, response, t)
+    with apart():
+        own = _folded(graph, problem, params, solved, response, t)
+    means = sharing.averaged((own.gradient, own.indirect, own.cost), problem.extent(t))
+    return replace(own, **dict(zip(("gradient", "indirect", "cost"), means, strict=True)))
+
+
+def _folded(
+    graph: Graph,
+    problem: Problem,
+    params: Mapping[str, Tree],
+    solved: Mapping[str, tuple[BestResponse, Solved | Together]],
+    response: Mapping[str, Any],
+    t: int,
+) -> Folded:
     k = problem.level.name
     on_path = graph.responding(k)
     below = [name for name in problem.level.cost_levels if name in on_path]
     constant = {name: params[name] for name in problem.level.reads_levels if name not in below}
 
-    def cost(own: Tree, *solutions: Tree) -> tuple[Tensor, dict[str, Any]]:
-        return problem.cost(own, {**constant, **dict(zip(below, solutions, strict=True))}, t)
+    def cost(one: Problem, own: Tree, *solutions: Tree) -> tuple[Tensor, dict[str, Any]]:
+        return one.cost(own, {**constant, **dict(zip(below, solutions, strict=True))}, t)
 
     with precision.scaled(problem.level.loss_scale):
-        value, aux, (direct, *partials), (_, *used) = _diff.value_and_grads(cost, [params[k], *(params[n] for n in below)])
+        value, aux, (direct, *partials), (_, *used) = value_and_grads(
+            problem, cost, [params[k], *(params[n] for n in below)], t
+        )
     for name, depends in zip(below, used, strict=True):
         if not depends and _tree.leaves(params[name]):
             warnings.warn(

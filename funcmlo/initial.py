@@ -64,8 +64,7 @@ def first_state(
     own: dict[str, Tree] = {}
     for level in levels:
         if level.name in params:
-            own[level.name] = _parameters(level.name, params[level.name])
-            _check_tasks(level, own[level.name], "parameter")
+            own[level.name] = _parameters(level.name, _own_tasks(level, tasks, params[level.name], "parameter"))
         elif level.init is None:
             raise ParameterError(f"init got no parameters for level '{level.name}'; levels: {listing(names)}.")
     waiting = [level for level in reversed(levels) if level.name not in own]
@@ -84,7 +83,7 @@ def first_state(
         params={name: own[name] for name in names},
         optimizer={level.name: _optimizer(level, tasks.get(level.name), own) for level in levels},
         response={x.name: _response(x, users[x.name], tasks.get(x.name), own[x.name]) for x in levels},
-        buffers=_buffers(levels, buffers),
+        buffers=_buffers(levels, tasks, buffers),
         step=dict.fromkeys(names, 0),
         seed=seed,
     )
@@ -132,18 +131,21 @@ def _response(level: Level, users: Sequence[str], tasks: Tasks | None, params: T
     return None if alone is None else estimator_state(alone, params, tasks)
 
 
-def _check_tasks(level: Level, tree: Tree, what: str) -> None:
-    """Raise unless a task level's tensors lead with the task axis."""
-    for path, leaf in _tree.named_leaves(tree) if level.tasks is not None else ():
-        if not leaf.dim() or leaf.shape[0] != level.tasks:
+def _own_tasks(level: Level, tasks: Mapping[str, Tasks], tree: Tree, what: str) -> Tree:
+    """This process's part of a task level's tree; raise unless its tensors lead with the task axis."""
+    if level.tasks is None:
+        return tree
+    for path, leaf in _tree.named_leaves(tree):
+        if isinstance(leaf, Tensor) and (not leaf.dim() or leaf.shape[0] != level.tasks):
             raise ParameterError(
                 f"level '{level.name}' has {level.tasks} tasks, but its {what} {path} has shape {tuple(leaf.shape)}; "
                 f"expected ({level.tasks}, …), as fm.per_task(tree, {level.tasks}) makes them"
                 + (", or init=lambda …: … for the level." if what == "parameter" else ".")
             )
+    return tasks[level.name].mine(tree, level.tasks)
 
 
-def _buffers(levels: Sequence[Level], given: Mapping[str, Tree]) -> dict[str, Tree]:
+def _buffers(levels: Sequence[Level], tasks: Mapping[str, Tasks], given: Mapping[str, Tree]) -> dict[str, Tree]:
     """Copy the buffers, or say what is missing or is none."""
     for level in levels:
         for source in level.cost_buffers:
@@ -156,9 +158,8 @@ def _buffers(levels: Sequence[Level], given: Mapping[str, Tree]) -> dict[str, Tr
         for path, leaf in _tree.named_leaves(tree):
             if not isinstance(leaf, Tensor):
                 raise ParameterError(f"level '{name}': buffer {path} is {type(leaf).__name__}; expected a tensor.")
-    for level in levels:
-        _check_tasks(level, given.get(level.name, {}), "buffer")
-    return {level.name: _tree.map(lambda x: x.detach().clone(), given.get(level.name, {})) for level in levels}
+    own = {level.name: _own_tasks(level, tasks, given.get(level.name, {}), "buffer") for level in levels}
+    return {name: _tree.map(lambda x: x.detach().clone(), tree) for name, tree in own.items()}
 
 
 def _parameters(name: str, tree: Tree) -> Tree:

@@ -14,6 +14,7 @@ from funcmlo import _tracing, _tree, together
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed, forget
 from funcmlo.binding import bound, buffers, next_cost, with_buffers
+from funcmlo.clock import Clock, timed
 from funcmlo.finite import Event
 from funcmlo.fold import Folded, total_gradient
 from funcmlo.graph import Graph
@@ -21,20 +22,30 @@ from funcmlo.hypergrad.base import Requires
 from funcmlo.hypergrad.solved import Keep, Solved, Standing, held
 from funcmlo.level import Level
 from funcmlo.problem import Problem
+from funcmlo.roles import Roles
 from funcmlo.schedule import Loop, whole
 from funcmlo.state import State
-from funcmlo.tasks import Tasks
 from funcmlo.together import Together
 from funcmlo.unroll import Passage
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a level's last inner loop leaves for the metrics: its costs, the last one's metrics and hypergradient."""
+    """What a level's last inner loop leaves for the metrics.
+
+    Attributes:
+        costs: its costs.
+        aux: the last step's metrics.
+        folded: its hypergradient.
+        slope: the norm of its gradient.
+        extent: how many examples it is about in this process.
+    """
 
     costs: Sequence[Tensor]
     aux: Any
     folded: Folded | None = None
+    slope: Tensor | None = None
+    extent: int = 1
 
 
 @dataclass
@@ -46,26 +57,28 @@ class Walk:
         graph: their graph.
         users: for each level, the levels that differentiate through it.
         several: the levels whose estimator states are kept by upper level.
-        tasks: what they have to do with tasks.
+        roles: what they have to do with tasks and with other processes.
         feeds: their batches.
         state: where the program stands.
         solved: each level's last inner loop.
         outcomes: what the metrics need of it.
         events: what is looked at for finiteness in the end.
         returning: where a level with `roll_back=True` will return to: its loop, and its standing, buffers and step then.
+        clock: how long each level takes.
     """
 
     levels: Mapping[str, Level]
     graph: Graph
     users: Mapping[str, Sequence[str]]
     several: Set[str]
-    tasks: Mapping[str, Tasks]
+    roles: Roles
     feeds: Mapping[str, Feed]
     state: State
     solved: dict[str, Solved | Together] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     returning: dict[str, tuple[Loop, Standing, Tree, int]] = field(default_factory=dict)
+    clock: Clock = field(default_factory=Clock)
 
     def run(self, loop: Loop) -> None:
         """Run an inner loop, with what is due before it: its level's roll-back, and its warm-up."""
@@ -74,11 +87,11 @@ class Walk:
         if self._roll_back(name):
             loop = whole(loop, loop.steps)  # no level below has run since this one's last update
         if self.state.step[name] < level.warmup:
-            self._loop(replace(loop, steps=level.warmup - self.state.step[name]), "solution")
+            self._loop(name, replace(loop, steps=level.warmup - self.state.step[name]), "solution")
             loop = whole(loop, loop.steps)
         if level.roll_back:
             self.returning[name] = (loop, self._standing(name), self.state.buffers[name], self.state.step[name])
-        self._loop(loop, self._requires(name), self._keep(name, loop.steps))
+        self._loop(name, loop, self._requires(name), self._keep(name, loop.steps))
 
     def finish(self) -> None:
         """Make the roll-backs that are still due, the highest level's first: it runs those below it."""
@@ -124,7 +137,7 @@ class Walk:
 
     def problem(self, name: str) -> Problem:
         """Return a level with its batches and its randomness bound, at its next step."""
-        return bound(self.levels[name], self.feeds, self.state, self.tasks)
+        return bound(self.levels[name], self.feeds, self.state, self.roles)
 
     def _arrive(self, name: str, loop: Loop | None) -> None:
         """Take a level to the first update of its loop: where it begins, the levels below solved."""
@@ -135,8 +148,8 @@ class Walk:
         if loop is not None and loop.steps and not loop.begins_before:
             self.begin(name)
 
-    def _loop(self, loop: Loop, requires: Requires, keep: Keep = Keep()) -> None:
-        name = loop.level
+    @timed
+    def _loop(self, name: str, loop: Loop, requires: Requires, keep: Keep = Keep()) -> None:
         problem, standing = self.problem(name), self._standing(name)
         forget(problem.feed, problem.first)
         if loop.first or loop.later or name in self.graph.tops:  # a top level's gradient is told in the metrics
@@ -146,7 +159,8 @@ class Walk:
         run = together.run(problem, standing, self._inputs(name), loop.steps, requires, keep, in_the_open=openly)
         self.solved[name] = run.solved
         self._put(name, (run.solved.params, run.solved.opt_state), loop.steps, run.after)
-        self._note(name, run.costs, run.solved.params, None, run.aux)
+        extent = problem.extent(loop.steps - 1) if loop.steps else 1
+        self._note(name, run.costs, run.solved.params, None, run.aux, run.slope, extent)
 
     def _interleaved(self, loop: Loop, problem: Problem, standing: Standing, requires: Requires, keep: Keep) -> None:
         """The loop of a level with levels below it: their loops before each update, a hypergradient for each update."""
@@ -193,11 +207,11 @@ class Walk:
             folded = self._fold(problem, t)
             params, opt_state = problem.apply(*self._standing(name), inputs, folded.gradient, t)
             cost, aux = folded.cost, folded.aux
-        after, aux = problem.after(aux)
+        after, aux = problem.after(aux, t)
         self._put(name, (params, opt_state), fixed=after.fixed)
         if problem.tasks is not None and problem.has_tasks:
             cost = cost / problem.tasks.n  # the metrics tell their mean
-        self._note(name, [*costs, cost], params, folded, aux)
+        self._note(name, [*costs, cost], params, folded, aux, extent=problem.extent(t))
         return cost, folded.indirect if folded else None
 
     def _fold(self, problem: Problem, t: int) -> Folded:
@@ -219,7 +233,7 @@ class Walk:
         self.state = replace(self.state, step=then, buffers={**self.state.buffers, name: held_then})
         self._put(name, standing)
         told = self.outcomes[name]
-        self._loop(whole(loop, 1), "solution")
+        self._loop(name, whole(loop, 1), "solution")
         self.outcomes[name] = told  # the metrics are those of the look-ahead
         return True
 
@@ -248,9 +262,19 @@ class Walk:
             step={**self.state.step, name: self.state.step[name] + steps},
         )
 
-    def _note(self, name: str, costs: Sequence[Tensor], params: Tree, folded: Folded | None, aux: Any = None) -> None:
+    def _note(
+        self,
+        name: str,
+        costs: Sequence[Tensor],
+        params: Tree,
+        folded: Folded | None,
+        aux: Any = None,
+        slope: Tensor | None = None,
+        extent: int = 1,
+    ) -> None:
         """Keep what the metrics and the check of finiteness need, and nothing that holds a loop's memory."""
-        self.outcomes[name] = Outcome(costs, aux, folded)
+        slope = slope if folded is None else _tree.norm(folded.gradient)
+        self.outcomes[name] = Outcome(costs, aux, folded, slope, extent)
         if _tracing.transforming():
             return
         moved = None if params is None else _tree.finite(params)

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, get_args
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from funcmlo import _tracing, _tree, finite, precision
+from funcmlo import finite, precision
 from funcmlo._tree import Tree
-from funcmlo.batches import feeds
-from funcmlo.declared import check_levels, check_nested, task_roles
-from funcmlo.dependence import dependence
-from funcmlo.doubts import doubts, inexact
-from funcmlo.errors import DefinitionError, EstimatorError, FuncmloWarning, ParameterError, listing
-from funcmlo.graph import Graph
 from funcmlo.initial import first_state
 from funcmlo.level import Level
 from funcmlo.loops import Walk
+from funcmlo.metrics import metrics_of
 from funcmlo.nested import Nest
+from funcmlo.plan import Composition, Plan
 from funcmlo.purity import untouched
-from funcmlo.schedule import Loop, Schedule, schedule
+from funcmlo.schedule import Loop, Schedule
+from funcmlo.sharing import Parallel
 from funcmlo.state import State
+from funcmlo.train.callbacks import as_callback
+from funcmlo.train.loop import run
+from funcmlo.train.progress import Progress
+from funcmlo.train.settings import Validate, check_data, checked
+from funcmlo.train.told import Told
 
-Composition = Literal["paths", "nested"]
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 class Multilevel:
@@ -37,6 +40,11 @@ class Multilevel:
         composition: `"paths"`, the products along the graph's paths (Betty's eq. 2), which `graph.exact(k)` compares with
             the total derivative; or `"nested"`, the total derivative of any hierarchy, the Hessians through lower best
             responses included.
+        parallel: what processes that torchrun started share, inside of `fm.processes()`; a script that runs alone does
+            without. `"data"`: each passes its own part of every batch (`run` takes care of that), costs are means over
+            examples, and everything is as with one process that has all of them. `"tasks"`: each solves some of the tasks.
+            `"samples"`: each draws some of an estimator's samples. All hold the same parameters, to the bit; of levels with
+            tasks each has its own.
 
     Raises:
         DefinitionError: the levels do not fit together.
@@ -57,34 +65,10 @@ class Multilevel:
         Choe et al. 2023 (Betty), arXiv 2207.02849.
     """
 
-    def __init__(self, *levels: Level, composition: Composition = "paths") -> None:
-        if not levels or not all(isinstance(level, Level) for level in levels):
-            came = listing(type(level).__name__ for level in levels)
-            raise DefinitionError(f"Multilevel takes Level objects, lowest first; {came} came.")
-        if composition not in get_args(Composition):
-            raise DefinitionError(f"composition={composition!r}; expected {' or '.join(map(repr, get_args(Composition)))}.")
-        self.levels = levels
-        self.composition = composition
-        self.graph = Graph.of(levels)
-        names = self.graph.levels
-        self._needs = dependence(self.graph)
-        nested = composition == "nested"
-        responding = {k: self.graph.responding(k) for k in names}
-        by_paths = {name: tuple(k for k in names if name in responding[k]) for name in names}
-        by_nesting = {name: self._needs.users(name) for name in names}
-        self._users = by_nesting if nested else by_paths
-        # A state serves both compositions, so it has room for the estimators of either.
-        self._keepers = {name: tuple(k for k in names if k in (*by_paths[name], *by_nesting[name])) for name in names}
-        check_levels(levels, self.graph, self._users)
-        self.tasks = task_roles(levels, responding)
-        if nested:
-            check_nested(levels, self._needs)
-        for warning in doubts(levels, self.graph) + ([] if nested else inexact(self.graph)):
-            warnings.warn(warning, FuncmloWarning, stacklevel=2)
-        self._below = {name: self.graph.below(name)[::-1] for name in names}
-        if nested:
-            self._below = {name: _highest_first(names, {*self._below[name], *self._needs.needed[name]}) for name in names}
-        self._schedule = schedule(levels, self.graph, self._below, share=not nested)
+    def __init__(self, *levels: Level, composition: Composition = "paths", parallel: Parallel | None = None) -> None:
+        self._plan = Plan.of(levels, composition, parallel)
+        self.levels, self.composition, self.graph = levels, self._plan.composition, self._plan.graph
+        self._plan.warn(stacklevel=2)
 
     def schedule(self) -> Schedule:
         """Return the order of one outer step, which prints itself.
@@ -92,7 +76,7 @@ class Multilevel:
         Returns:
             The schedule; iterating over it gives the level of every update in order.
         """
-        return self._schedule
+        return self._plan.schedule
 
     def init(self, params: Mapping[str, Tree], *, buffers: Mapping[str, Tree] | None = None, seed: int = 0) -> State:
         """Return the program's first state.
@@ -111,7 +95,7 @@ class Multilevel:
                 loss reads are missing, or are no tensors.
         """
         given = {} if buffers is None else buffers
-        return first_state(self.levels, self._keepers, self.tasks, params, given, seed)
+        return first_state(self.levels, self._plan.keepers, self._plan.roles.tasks, params, given, seed)
 
     def step(self, state: State, batches: Mapping[str, Any]) -> tuple[State, dict[str, dict[str, Any]]]:
         """Make one outer step, in the order that `schedule()` tells.
@@ -123,21 +107,28 @@ class Multilevel:
 
         Returns:
             The new state, and metrics by level, of its last inner loop: `cost` (at the last update, before it), `costs` (at
-            all of them), `aux`; for a level with levels below it and for a top level also `gradient_norm` and `stats` (by
-            lower level) of the last update's hypergradient.
+            all of them), `aux`, `gradient_norm` (of the last update's gradient; not of outside solvers); for a level with
+            levels below it and for a top level also `stats` (by lower level) of the last update's hypergradient.
 
         Raises:
             FuncmloError: the state, a batch, a loss's value or a response's answer is not as expected, or something
                 is no longer finite. The state that came in is still good.
         """
-        work = self._begin(self.graph.levels, state, batches, pure=False)
+        return self._clocked_step(state, batches)[:2]
+
+    def _clocked_step(
+        self, state: State, batches: Mapping[str, Any]
+    ) -> tuple[State, dict[str, dict[str, Any]], dict[str, float]]:
+        """Make one outer step, and tell how long each level took."""
+        work = self._plan.begin(self.graph.levels, state, batches, pure=False)
         with _unchanged(state, batches), torch.no_grad(), precision.apart():
-            for loop in self._schedule.tops:
+            for loop in self._plan.schedule.tops:
                 work.run(loop)
             if isinstance(work, Walk):
                 work.finish()
-        finite.check(work.events, work.levels)
-        return work.state, {name: metrics for name in self.graph.levels if (metrics := self._metrics(name, work))}
+        finite.check(work.events, work.levels, work.roles.apart)
+        metrics = {name: metrics for name in self.graph.levels if (metrics := metrics_of(name, work))}
+        return work.state, metrics, work.clock.seconds
 
     def hypergradient(
         self, state: State, batches: Mapping[str, Any], *, of: str, solve: bool = True, with_stats: bool = False
@@ -159,16 +150,16 @@ class Multilevel:
         Raises:
             FuncmloError: as for `step`; besides, an iterator is refused.
         """
-        before, own, running = self._ahead(of, solve)
-        solved = [name for name in self.graph.levels if of in self._users[name]]
-        work = self._begin(running | {*solved}, state, batches, pure=True, solve=solve)
+        before, own, running = self._plan.ahead(of, solve)
+        solved = [name for name in self.graph.levels if of in self._plan.users[name]]
+        work = self._plan.begin(running | {*solved}, state, batches, pure=True, solve=solve)
         with _unchanged(state, batches), torch.no_grad(), precision.apart():
             _advance(work, before)
             if isinstance(work, Nest):
                 folded = work.hypergradient(of, begin=solve and own.steps > 0)
             else:
                 folded = work.hypergradient(of, own if solve else None, solved)
-        finite.check(work.events, work.levels)
+        finite.check(work.events, work.levels, work.roles.apart)
         return (folded.gradient, folded.plain_stats()) if with_stats else folded.gradient
 
     def cost(self, state: State, batches: Mapping[str, Any], *, of: str, solve: bool = True) -> Tensor:
@@ -200,8 +191,8 @@ class Multilevel:
             >>> program.cost(program.init({"y": torch.zeros(()), "x": torch.ones(())}), {}, of="x")
             tensor(0.2500)
         """
-        before, own, running = self._ahead(of, solve)
-        work = self._begin(running, state, batches, pure=True, solve=solve)
+        before, own, running = self._plan.ahead(of, solve)
+        work = self._plan.begin(running, state, batches, pure=True, solve=solve)
         if isinstance(work, Walk):  # nothing is kept of the loops for a derivative that is not taken
             work.users = {name: [user for user in users if user != of] for name, users in work.users.items()}
         with _unchanged(state, batches), torch.no_grad(), precision.apart():
@@ -210,63 +201,89 @@ class Multilevel:
                 cost = work.cost(of, begin=solve and own.steps > 0)
             else:
                 cost = work.cost(of, own if solve else None)
-        finite.check(work.events, work.levels)
+        finite.check(work.events, work.levels, work.roles.apart)
         return -cost if {level.name: level for level in self.levels}[of].maximize else cost
+
+    def run(
+        self,
+        state: State,
+        data: Mapping[str, Any],
+        *,
+        steps: int,
+        checkpoint: str | PathLike[str] | None = None,
+        every: int = 100,
+        keep: int = 3,
+        validate: Validate | Mapping[str, Validate] | None = None,
+        validate_every: int | Mapping[str, int] = 1,
+        callbacks: Sequence[Any] = (),
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        accumulate: int | Mapping[str, int] | None = None,
+        progress: bool = True,
+    ) -> tuple[State, DataFrame]:
+        """Make many outer steps, drawing from loaders, and keep a history of them.
+
+        An interrupt (Ctrl-C, the stop button of a notebook) hands back the state reached. An error carries it: its `state`
+        and `history` are those of the last good step.
+
+        Args:
+            state: where the program stands; it is not changed.
+            data: by level name, a `DataLoader`, which is cycled and reshuffled by the state's seed; any other iterable of
+                batches, begun again when it ends; a function from the level's step number to a batch; or a fixed batch.
+                Batches are moved to the parameters' devices. With `parallel="data"` (and, for levels with tasks, `"tasks"`)
+                each process loads its own part of every batch of a `DataLoader`; other data are passed as they are.
+            steps: outer steps in total: with a checkpoint, those made before count.
+            checkpoint: a folder; from its newest checkpoint the run goes on, to the same bits as if it had not ended.
+            every: outer steps between two checkpoints; there is one at the end too.
+            keep: how many checkpoints stay.
+            validate: a function of the state that returns a number or a dict of numbers; or several, by name.
+            validate_every: outer steps between two calls; by name where they differ.
+            callbacks: loggers such as `fm.CSVLogger(…)`, `fm.EarlyStopping(…)`, functions (step, row, state), or other
+                objects with the methods of `fm.Callback`.
+            on_nonfinite: `"raise"`; or `"skip"`, which passes over the batches of a step that comes upon an infinite or NaN
+                number and leaves the state as it was, but for the levels' step counters; after 20 in a row it raises.
+            accumulate: how many batches make one (`fm.Microbatches`), for all levels or by level name.
+            progress: whether to show a bar.
+
+        Returns:
+            The state reached, and the history: a pandas frame with a row for each outer step, which draws itself
+            (`history.figure()`); `history.attrs["stopped"]` says why the run ended.
+
+        Raises:
+            FuncmloError: as for `step`; data cannot be drawn, a checkpoint cannot be written or does not fit, or there is
+                not enough memory.
+
+        Example:
+            >>> import torch, torchopt, funcmlo as fm
+            >>> points = torch.utils.data.TensorDataset(torch.arange(8.0))
+            >>> program = Multilevel(
+            ...     fm.Level("mean", lambda mean, batch: ((mean - batch[0]) ** 2).mean() / 2, torchopt.sgd(0.1)),
+            ... )
+            >>> loader = torch.utils.data.DataLoader(points, batch_size=4, shuffle=True)
+            >>> state = program.init({"mean": torch.zeros(())})
+            >>> state, history = program.run(state, {"mean": loader}, steps=100, progress=False)
+            >>> bool(abs(state.params["mean"] - 3.5) < 1), history.index[-1]
+            (True, 100)
+        """
+        settings = checked(
+            self.graph.levels,
+            steps=steps,
+            checkpoint=checkpoint,
+            every=every,
+            keep=keep,
+            validate=validate,
+            validate_every=validate_every,
+            on_nonfinite=on_nonfinite,
+            accumulate=accumulate,
+        )
+        check_data(data, self.graph.levels)
+        told = Told([*map(as_callback, callbacks), *([Progress(self.graph.tops)] if progress else [])])
+        about = {"program": repr(self), "levels": self.graph.levels, "settings": {x.name: repr(x) for x in self.levels}}
+        plan = self._plan
+        return run(self._clocked_step, plan.passed_over, state, data, settings, told, plan.roles, about)
 
     def __repr__(self) -> str:
         """List the levels, lowest first."""
         return f"Multilevel({', '.join(self.graph.levels)})"
-
-    def _ahead(self, of: str, solve: bool) -> tuple[tuple[Loop | str, ...], Loop, set[str]]:
-        """What precedes the first loop of a level, that loop, and the levels that run before its first update."""
-        self.graph.check(of)
-        before, own = self._schedule.before(of) if solve else ((), Loop(of, 1))
-        loops = [item for item in (*before, *own.first) if isinstance(item, Loop)]
-        return before, own, {of}.union(*(loop.levels() for loop in loops))
-
-    def _begin(
-        self, running: Collection[str], state: State, batches: Mapping[str, Any], *, pure: bool, solve: bool = True
-    ) -> Walk | Nest:
-        """Check what came in, before anything runs, and set out with the feeds of the levels that will run."""
-        if not isinstance(state, State):
-            raise ParameterError(f"expected the State that program.init returns; {type(state).__name__} came.")
-        if set(state.params) != set(self.graph.levels):
-            raise ParameterError(
-                f"the state belongs to another program: it has levels {listing(state.params)}; expected "
-                f"{listing(self.graph.levels)}."
-            )
-        if torch.is_inference_mode_enabled():
-            raise EstimatorError(
-                "step and hypergradient take gradients, which torch.inference_mode forbids; use torch.no_grad, or nothing."
-            )
-        if _tracing.differentiating():
-            raise EstimatorError(
-                "step and hypergradient cannot be differentiated (torch.func.grad, vjp or jvp is active); differentiate "
-                "an ordinary function of the parameters instead, with fm.argmin for what is solved inside."
-            )
-        if self.composition == "nested" and _tracing.transforming():
-            raise EstimatorError(
-                'composition="nested" solves again inside its derivatives and cannot be mapped (torch.func.vmap is active); '
-                "call step in a loop, or map over fm.argmin."
-            )
-        levels = {level.name: precision.inherited(level, state.params[level.name]) for level in self.levels}
-        feed = feeds([levels[name] for name in running], self.graph.levels, batches, state.step, pure=pure, tasks=self.tasks)
-        if self.composition == "nested":
-            return Nest(levels, self._needs, self._below, self.tasks, feed, state, solve)
-        several = {name for name, users in self._keepers.items() if len(users) > 1}
-        return Walk(levels, self.graph, self._users, several, self.tasks, feed, state)
-
-    def _metrics(self, name: str, work: Walk | Nest) -> dict[str, Any]:
-        """What `step` tells about a level."""
-        outcome = work.outcomes.get(name)
-        if outcome is None or not outcome.costs:
-            return {}
-        sign = -1 if work.levels[name].maximize else 1
-        metrics: dict[str, Any] = {"cost": sign * outcome.costs[-1], "costs": sign * torch.stack(list(outcome.costs))}
-        metrics["aux"] = outcome.aux
-        if outcome.folded is not None:
-            metrics |= {"gradient_norm": _tree.norm(outcome.folded.gradient), "stats": outcome.folded.plain_stats()}
-        return metrics
 
 
 def _advance(work: Walk | Nest, before: Sequence[Loop | str]) -> None:
@@ -280,7 +297,3 @@ def _unchanged(state: State, batches: Mapping[str, Any]) -> AbstractContextManag
     fixed = {name: batch for name, batch in batches.items() if not (callable(batch) or isinstance(batch, Iterator))}
     watched |= {f"the batch of level '{name}' was": batch for name, batch in fixed.items()}
     return untouched(watched, "The numbers that came in are changed now.")
-
-
-def _highest_first(order: Sequence[str], names: Collection[str]) -> tuple[str, ...]:
-    return tuple(name for name in reversed(order) if name in names)

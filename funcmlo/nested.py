@@ -21,7 +21,8 @@ from torch import Tensor
 from funcmlo import _diff, _tracing, _tree, precision
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed
-from funcmlo.binding import bound, next_cost, with_buffers
+from funcmlo.binding import advanced, bound, next_cost, put, with_buffers
+from funcmlo.clock import Clock, timed
 from funcmlo.dependence import Dependence
 from funcmlo.errors import EstimatorError
 from funcmlo.finite import Event
@@ -33,10 +34,10 @@ from funcmlo.hypergrad.stats import Stats
 from funcmlo.level import Level
 from funcmlo.loops import Outcome
 from funcmlo.problem import Problem
+from funcmlo.roles import Roles
 from funcmlo.schedule import Loop
 from funcmlo.solution import SolutionMap
 from funcmlo.state import State
-from funcmlo.tasks import Tasks
 from funcmlo.unroll import hand_over
 
 Values = dict[str, Tree]
@@ -51,23 +52,25 @@ class Nest:
         levels: the levels by name.
         needs: what their total costs need.
         below: for each level, the levels whose loops run before its updates, the highest first.
-        tasks: what they have to do with tasks, which are solved as one problem here.
+        roles: what they have to do with tasks, which are solved as one problem here, and with other processes.
         feeds: their batches.
         state: where the program stands.
         solve: whether inner loops run; else the state's parameters are the solutions.
         outcomes: what the metrics need of each level's last inner loop.
         events: what is looked at for finiteness in the end.
+        clock: how long each level takes.
     """
 
     levels: Mapping[str, Level]
     needs: Dependence
     below: Mapping[str, Sequence[str]]
-    tasks: Mapping[str, Tasks]
+    roles: Roles
     feeds: Mapping[str, Feed]
     state: State
     solve: bool = True
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
+    clock: Clock = field(default_factory=Clock)
     _told: dict[str, Any] = field(default_factory=dict)
     _again: bool = False
     """Whether a solution is being solved for again inside a backward pass, of which nothing is kept."""
@@ -196,6 +199,7 @@ class Nest:
         node = SolutionMap(f"level '{name}'", response, lambda constants, init, x: _tree.map(torch.clone, y), at, tell)
         return node((), (), above)
 
+    @timed
     def _loop(self, name: str, values: Values, state: State) -> tuple[Tree, State]:
         """A level's inner loop: each update with the gradient of its total cost."""
         level, first = self.levels[name], state.step[name]
@@ -212,7 +216,7 @@ class Nest:
             with torch.set_grad_enabled(torch.is_grad_enabled() and t >= warming):
                 state, cost = self._updated(name, values, state, t, costs)
             costs.append(cost)
-        return state.params[name], _advanced(state, name, warming + steps)
+        return state.params[name], advanced(state, name, warming + steps)
 
     def _updated(self, name: str, values: Values, state: State, t: int, costs: Sequence[Tensor]) -> tuple[State, Tensor]:
         problem = self._problem(name, state)
@@ -226,11 +230,11 @@ class Nest:
             inputs = self._inputs(name, {**values, **solutions}, after)
             standing = list(problem.apply(*_standing(name, after), inputs, folded.gradient, t))
             cost, aux = folded.cost, folded.aux
-        moved, aux = self._problem(name, after).after(aux)
+        moved, aux = self._problem(name, after).after(aux, t)
         if not self._again:
-            self._note(name, [*costs, cost], standing[0], folded, aux)
+            self._note(name, [*costs, cost], standing[0], folded, aux, problem.extent(t))
         after = with_buffers(after, name, moved.fixed)
-        return _put(after, name, (standing[0], standing[1])), cost
+        return put(after, name, (standing[0], standing[1])), cost
 
     def _begun(self, name: str, values: Values, state: State) -> State:
         """The state with a level where its inner loop begins; its start may read solutions below it."""
@@ -241,7 +245,7 @@ class Nest:
         if any(source in self.below[name] for source in level.start_levels):
             here, state = self._solved_below(name, state.params[name], values, state)
         start = self._problem(name, state).start(self._inputs(name, here, state), *_standing(name, state))
-        return _put(state, name, start)
+        return put(state, name, start)
 
     def _rewound(self, name: str, state: State) -> State:
         """The state with the step counters of all levels under one back by a loop."""
@@ -261,37 +265,31 @@ class Nest:
         return under
 
     def _problem(self, name: str, state: State) -> Problem:
-        return bound(self.levels[name], self.feeds, state, self.tasks)
+        return bound(self.levels[name], self.feeds, state, self.roles)
 
     def _inputs(self, name: str, values: Values, state: State) -> Values:
         return {source: values.get(source, state.params[source]) for source in self.levels[name].reads_levels}
 
-    def _note(self, name: str, costs: Sequence[Tensor], params: Tree, folded: Folded | None, aux: Any = None) -> None:
+    def _note(
+        self, name: str, costs: Sequence[Tensor], params: Tree, folded: Folded | None, aux: Any = None, extent: int = 1
+    ) -> None:
         """Keep what the metrics and the check of finiteness need."""
         costs = [cost.detach() for cost in costs]
         if folded is None:
-            self.outcomes[name] = Outcome(costs, aux, None)
+            self.outcomes[name] = Outcome(costs, aux, extent=extent)
             self.events.append(Event(name, costs[-1:], None if params is None else _tree.finite(params)))
             return
         folded = replace(folded, gradient=_tree.detach(folded.gradient), cost=costs[-1], aux=_tree.detach(folded.aux))
         # As along paths: told for levels that others run for, and for top levels, which run for no one.
         alone = not any(name in below for below in self.below.values())
-        self.outcomes[name] = Outcome(costs, folded.aux, folded if self.below[name] or alone else None)
+        told = folded if self.below[name] or alone else None
+        self.outcomes[name] = Outcome(costs, folded.aux, told, _tree.norm(folded.gradient), extent)
         flags = None if params is None else _tree.finite(params), _tree.finite(folded.gradient)
         self.events.append(Event(name, costs[-1:], *flags, folded.stats))
 
 
 def _standing(name: str, state: State) -> Standing:
     return state.params[name], state.optimizer[name]
-
-
-def _put(state: State, name: str, standing: Standing) -> State:
-    params, opt_state = standing
-    return replace(state, params={**state.params, name: params}, optimizer={**state.optimizer, name: opt_state})
-
-
-def _advanced(state: State, name: str, steps: int) -> State:
-    return replace(state, step={**state.step, name: state.step[name] + steps})
 
 
 def _same(a: Tree, b: Tree) -> bool:

@@ -92,6 +92,8 @@ class Tasks:
         chunk: how many are evaluated together; None for all, 1 for one after the other, without a map.
         randomness: whether tasks that are mapped together draw different numbers or the same.
         reduce: what becomes of the tasks' costs, where the level itself has none.
+        first: the number of the first of them, where another process has those before.
+        everywhere: how many all processes have together; None for n.
     """
 
     n: int
@@ -100,6 +102,13 @@ class Tasks:
     chunk: int | None = None
     randomness: Randomness = "different"
     reduce: Reduce = "mean"
+    first: int = 0
+    everywhere: int | None = None
+
+    def mine(self, tree: Tree, everything: int) -> Tree:
+        """Return this process's tasks out of a tree whose tensors lead with all of them; others stay as they are."""
+        own = slice(self.first, self.first + self.n)
+        return _tree.map_tensors(lambda x: x[own] if x.dim() and x.shape[0] == everything else x, tree)
 
     def map(self, function: Callable[[Slice], tuple[Tree, Tree]]) -> tuple[Tree, Tree]:
         """Evaluate a function for every task.
@@ -180,10 +189,13 @@ class Tasks:
                 return leaf.batch
             if not isinstance(leaf, Tensor):
                 return leaf
+            if leaf.dim() and leaf.shape[0] == self.everywhere != self.n:
+                leaf = leaf[self.first : self.first + self.n]
             if not leaf.dim() or leaf.shape[0] != self.n:
+                also = f" (or ({self.everywhere}, …), those of all processes)" if self.everywhere else ""
                 raise BatchError(
-                    f"level '{level}': a tensor of its batch has shape {tuple(leaf.shape)}; expected ({self.n}, …), a batch "
-                    f"for each of {self.n} tasks, or fm.Shared(batch) for one that all of them see."
+                    f"level '{level}': a tensor of its batch has shape {tuple(leaf.shape)}; expected ({self.n}, …){also}, a "
+                    f"batch for each of {self.n} tasks, or fm.Shared(batch) for one that all of them see."
                 )
             return part.of(leaf)
 

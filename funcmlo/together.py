@@ -20,7 +20,7 @@ from funcmlo.hypergrad.solved import Keep, Solved, Standing
 from funcmlo.hypergrad.stats import Stats
 from funcmlo.level import Level
 from funcmlo.problem import Problem
-from funcmlo.tasks import Slice
+from funcmlo.tasks import Slice, Tasks
 from funcmlo.unroll import Passage, Recorded
 
 Answer: TypeAlias = tuple[Mapping[str, Tree], Any, Stats | Mapping[str, Any]]
@@ -97,10 +97,26 @@ class Together:
         Returns:
             The answer: cotangents of inputs that tasks share are added up, states and stats are the tasks'.
         """
-        if estimator.in_the_open and self.whole is not None:  # else the steps are made again, inside of the map
-            return ask(self.whole, cotangent, state)
-        tasks = self.problem.tasks
+        tasks, sharing = self.problem.tasks, self.problem.sharing
         assert tasks is not None
+        if estimator.in_the_open and self.whole is not None:  # else the steps are made again, inside of the map
+            products, new, stats = ask(self.whole, cotangent, state)
+        else:
+            products, new, stats = self._each(tasks, estimator, ask, cotangent, state)
+        if sharing is not None and sharing.kind == "tasks":  # what all tasks read, those of other processes read too
+            joint = {name: tree for name, tree in products.items() if name not in tasks.sources}
+            products = {**products, **sharing.total(joint)}
+        return products, new, stats
+
+    def _each(
+        self,
+        tasks: Tasks,
+        estimator: BestResponse,
+        ask: Callable[[Solved, Tree, Any], Answer],
+        cotangent: Tree,
+        state: Any,
+    ) -> Answer:
+        """The same, by one question for each task."""
         kinds: list[type] = []
 
         def one(part: Slice) -> tuple[Tree, Tree]:
@@ -131,12 +147,13 @@ _NORMALIZING: WeakKeyDictionary[Level, bool] = WeakKeyDictionary()
 
 
 class Ran(NamedTuple):
-    """A solved level, and its loop's costs (of tasks their mean), metrics and buffers."""
+    """A solved level, and its loop's costs (of tasks their mean), metrics, buffers and last gradient's norm."""
 
     solved: Solved | Together
     costs: list[Tensor]
     aux: Any
     after: dict[str, Tree]
+    slope: Tensor | None
 
 
 def hand_over(
@@ -180,7 +197,7 @@ def run(
     """
     if not problem.has_tasks:
         alone = unroll.run(problem, standing, inputs, steps, requires, keep)
-        return Ran(alone.solved, alone.costs, alone.aux, alone.after)
+        return Ran(alone.solved, alone.costs, alone.aux, alone.after, alone.slope)
     tasks = problem.tasks
     assert tasks is not None
 
@@ -207,4 +224,4 @@ def run(
         whole = unroll.hand_over(problem, standing, begin, end, passages, inputs, trajectory, stays=found.stays)
     states = found.states if requires == "trajectory" and steps else ()
     solved = Together(problem, standing, begin, end, passages, inputs, states, found.stays, whole)
-    return Ran(solved, [cost.mean() for cost in found.costs], found.aux, found.after)
+    return Ran(solved, [cost.mean() for cost in found.costs], found.aux, found.after, found.slope)

@@ -27,12 +27,14 @@ class Run:
         costs: the cost before each inner step, as the optimizer saw it.
         aux: the last step's metrics.
         after: the level's buffers after the last step; empty without any.
+        slope: the norm of the last step's gradient, if there is one.
     """
 
     solved: Solved
     costs: list[Tensor]
     aux: Any
     after: dict[str, Tree]
+    slope: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def run(
     passages = passed(inputs, found.seen, steps)
     finish = (end, found.opt_state)
     solved = hand_over(problem, standing, found.states[0], finish, passages, inputs, trajectory, stays=found.stays)
-    return Run(solved, found.costs, found.aux, found.after)
+    return Run(solved, found.costs, found.aux, found.after, found.slope)
 
 
 def recorded(
@@ -193,8 +195,8 @@ def hand_over(
         whole = gradient if correction(t) is None else _tree.add(gradient, correction(t))
         return problem.updates(at, state, seen(x, t), whole)
 
-    def evaluate(call: Call, first: Tree, x: dict[str, Tree], draw: int | None = None) -> Any:
-        return then(last).evaluate(call, first, x, last if draw is None else last + 1 + draw)
+    def evaluate(call: Call, first: Tree, x: dict[str, Tree], draw: int | None = None, *, is_cost: bool = False) -> Any:
+        return then(last).evaluate(call, first, x, last if draw is None else last + 1 + draw, is_cost=is_cost)
 
     parts = Parts(
         cost=lambda at, x, t: then(number(t)).cost(at, seen(x, t), number(t))[0],
@@ -219,6 +221,7 @@ def hand_over(
         cost_inputs=problem.level.cost_levels,
         autocast=problem.level.autocast,
         loss_scale=problem.level.loss_scale,
+        sharing=problem.sharing,
         seed=_random.step_seed(problem.seed, f"{problem.level.name}.response", problem.first + last),
     )
     return replace(solved, trajectory=Replayed(tuple(states), solved)) if states and steps else solved

@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after the program's name; None takes them from the process.
 
     Returns:
-        The exit status: 0, 1 when data or a program failed, and 2 (by SystemExit) for words that mean nothing.
+        The exit status: 0, 1 when data, a program or a cell failed, 130 when it was interrupted, and 2 (by SystemExit) for
+        words that mean nothing.
     """
     chosen = _parser().parse_args(arguments)
     if chosen.command == "list":
@@ -41,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seeds=chosen.seeds,
         out=chosen.out or Path("results") / experiment.name / chosen.preset,
         data_dir=chosen.data_dir,
+        jobs=chosen.jobs,
+        dask=chosen.dask,
+        fresh=chosen.fresh,
+        changes=dict(chosen.set),
     )
     try:
         request.out.mkdir(parents=True, exist_ok=True)
@@ -48,6 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (DataError, FuncmloError, OSError) as error:
         print(f"{experiment.name}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        kept = request.out / "cells"
+        print(f"{experiment.name}: interrupted; finished cells are in {kept}: the same command goes on", file=sys.stderr)
+        return 130
     print("\nwritten: " + ", ".join(str(path) for path in written))
     return 0
 
@@ -68,6 +77,18 @@ def _parser() -> argparse.ArgumentParser:
             "--methods", nargs="+", choices=experiment.methods, metavar="METHOD", help=", ".join(experiment.methods)
         )
         one.add_argument("--seeds", type=_positive, default=1, metavar="N", help="how many seeds, from 0; default: 1")
+        one.add_argument(
+            "--set",
+            nargs="+",
+            type=_change,
+            default=[],
+            metavar="SETTING=VALUE[,VALUE…]",
+            help="change the preset's settings",
+        )
+        where = one.add_mutually_exclusive_group()
+        where.add_argument("--jobs", type=_positive, default=1, metavar="N", help="cells that run at a time; default: 1")
+        where.add_argument("--dask", metavar="HOST:PORT", help="run the cells on this Dask scheduler's workers")
+        one.add_argument("--fresh", action="store_true", help="run the cells again that are finished in DIR/cells")
         one.add_argument("--out", type=Path, metavar="DIR", help="default: results/NAME/PRESET")
         one.add_argument("--data-dir", type=_folder, metavar="DIR", help="where data sets are looked for first")
     return parser
@@ -77,6 +98,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} came; expected an integer of at least 1")
     return int(text)
+
+
+def _change(text: str) -> tuple[str, tuple[str, ...]]:
+    name, equals, values = text.partition("=")
+    if not (name and equals and all(values.split(","))):
+        raise argparse.ArgumentTypeError(f"{text!r} came; expected a setting and its values, such as inner=10,20")
+    return name, tuple(values.split(","))
 
 
 def _folder(text: str) -> Path:

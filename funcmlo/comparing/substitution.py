@@ -50,7 +50,7 @@ class Place:
 
     def users(self, name: str) -> tuple[str, ...]:
         """Return the levels that differentiate through a level."""
-        return self.program._users[name]
+        return self.program._plan.users[name]
 
     def put(self, estimator: BestResponse, longer: int = 1, *, warn: bool = False) -> Multilevel:
         """Return the program with another estimator.
@@ -81,8 +81,8 @@ class Place:
         """Return the state with an estimator's first state where the old estimator's was."""
         response = dict(state.response)
         for name in self.through:
-            fresh = estimator_state(estimator, state.params[name], self.program.tasks.get(name))
-            several = len(self.program._keepers[name]) > 1
+            fresh = estimator_state(estimator, state.params[name], self.program._plan.roles.tasks.get(name))
+            several = len(self.program._plan.keepers[name]) > 1
             response[name] = {**state.response[name], self.of: fresh} if several else fresh
         return replace(state, response=response)
 
@@ -127,11 +127,11 @@ class Place:
         """
         nothing = Nothing()
         program = self.put(nothing, longer)
-        before, own = program._schedule.before(self.of)
+        before, own = program._plan.schedule.before(self.of)
         loops = [item for item in (*before, *own.first) if isinstance(item, Loop)]
-        solved = [name for name in program.graph.levels if self.of in program._users[name]]
+        solved = [name for name in program.graph.levels if self.of in program._plan.users[name]]
         running = {self.of, *solved}.union(*(loop.levels() for loop in loops))
-        work = program._begin(running, self.start(state, nothing), batches, pure=True)
+        work = program._plan.begin(running, self.start(state, nothing), batches, pure=True)
         with torch.no_grad():
             for item in before:
                 work.begin(item) if isinstance(item, str) else work.run(item)
@@ -264,9 +264,9 @@ class Watched(BestResponse):
         def loss(y: Tree, x: dict[str, Tree], draw: int | None = None) -> Tensor:
             return solved.loss(y, x) if draw is None else solved.loss(y, x, draw=shifted(draw))
 
-        def evaluated(call: Any, first: Tree, x: dict[str, Tree], draw: int | None = None) -> Any:
+        def evaluated(call: Any, first: Tree, x: dict[str, Tree], draw: int | None = None, **how: bool) -> Any:
             assert evaluate is not None
-            return evaluate(call, first, x) if draw is None else evaluate(call, first, x, draw=shifted(draw))
+            return evaluate(call, first, x, shifted(draw), **how)
 
         if not self.estimator.claims.stochastic:
             return solved

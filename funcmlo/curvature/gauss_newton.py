@@ -80,7 +80,10 @@ class GaussNewton(Curvature):
             raise EstimatorError("GaussNewton needs the level's batch, which this problem does not hand out; use Hessian().")
 
         def slope(f: Tree) -> tuple[Tree, None]:
-            _, _, (gradient,), _ = _diff.value_and_grads(lambda at: (_scalar(evaluate(self._loss, at, x)), None), [f])
+            def cost(at: Tree) -> tuple[Tensor, None]:
+                return _scalar(evaluate(self._loss, at, x, is_cost=True)), None
+
+            _, _, (gradient,), _ = _diff.value_and_grads(cost, [f])
             return gradient, None
 
         def with_outputs(f: Tree, _: Any, back: _diff.Pullback) -> Tree:

@@ -70,7 +70,7 @@ class Resampled(Curvature):
             return replace(
                 solved,
                 loss=lambda y, x, draw=None: solved.loss(y, x, draw=i),
-                evaluate=evaluate and (lambda call, first, x, draw=None: evaluate(call, first, x, draw=i)),
+                evaluate=evaluate and (lambda call, first, x, draw=None, **how: evaluate(call, first, x, i, **how)),
             )
 
         def matvec(u: Tree) -> Tree:

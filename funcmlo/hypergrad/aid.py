@@ -154,6 +154,7 @@ class AID(BestResponse):
             and curvature.differentiable
             and exact_cross,
             vmap=solver.vmap,
+            data_parallel=solver.data_parallel and getattr(getattr(solver, "preconditioner", None), "data_parallel", True),
             assumes=self._assumes(),
         )
 

@@ -34,6 +34,8 @@ class Claims:
         knob: the field whose limit takes it to its target, such as ``"iterations"``; None without one.
         differentiable: whether its answer can be differentiated again, as `composition="nested"` and nested `argmin` do.
         vmap: whether it works on programs mapped by `torch.func.vmap`.
+        data_parallel: whether processes that share a level's batches get the answer of one that has them all, as everything
+            does that sees the examples by `Solved.loss` and `Solved.update` alone.
         assumes: what it asks of a problem; where a problem does not meet it, it is held to nothing.
     """
 
@@ -43,6 +45,7 @@ class Claims:
     knob: str | None = None
     differentiable: bool = False
     vmap: bool = True
+    data_parallel: bool = True
     assumes: frozenset[Assumption] = frozenset({"minimization", "positive definite"})
 
     def __post_init__(self) -> None:
@@ -93,6 +96,8 @@ class BestResponse(ABC):
     """Whether it takes more of the level's cost than gradients: second derivatives, or forward mode."""
     total: ClassVar[bool] = True
     """Whether it works where the level's cost has solutions of levels below inside, as in `composition="nested"`."""
+    shares_samples: ClassVar[bool] = False
+    """Whether it draws samples that processes can share."""
     steps_again: ClassVar[bool] = False
     """Whether it makes steps of its own with the level's optimizer and projection."""
     uses_optimizer: ClassVar[bool] = False
@@ -106,6 +111,11 @@ class BestResponse(ABC):
     @property
     def in_the_open(self) -> bool:
         """Whether the inner steps are differentiated where they are made, by whoever differentiates the program: `ITD()`."""
+        return False
+
+    @property
+    def synchronizes_once(self) -> bool:
+        """Whether processes that share batches average finished hypergradients alone, and no derivative on the way."""
         return False
 
     def init(self, params: Tree) -> Any:

@@ -63,6 +63,7 @@ class ForwardGradient(BestResponse):
     seed: int = 0
     chunk: int | None = None
 
+    shares_samples: ClassVar[bool] = True
     requires: ClassVar[Requires] = "replay"
     claims: ClassVar[Claims] = Claims(target="unrolled", exact=False, stochastic=True, knob="samples", assumes=frozenset())
 

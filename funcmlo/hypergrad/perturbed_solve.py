@@ -81,6 +81,7 @@ class PerturbedSolve(BestResponse):
     central: bool = False
     chunk: int | None = None
 
+    shares_samples: ClassVar[bool] = True
     requires: ClassVar[Requires] = "replay"
     claims: ClassVar[Claims] = Claims(target="unrolled", exact=False, stochastic=True, knob="samples", assumes=frozenset())
     second_order: ClassVar[bool] = False

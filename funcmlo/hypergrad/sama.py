@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 from funcmlo._tree import Tree
 from funcmlo.curvature.cross import check_loss, mixed_difference
+from funcmlo.errors import DefinitionError
 from funcmlo.hypergrad.adaptation import adaptation
 from funcmlo.hypergrad.base import BestResponse, Claims, Requires
 from funcmlo.hypergrad.finite_difference import check_scale
@@ -29,9 +30,13 @@ class SAMA(BestResponse):
 
     Args:
         scale: None chooses the step ε from the dtype and the norms; a number c sets ε = c/‖w‖. See `FiniteDifference`.
+        synchronize: with `Multilevel(parallel="data")`: `"always"` averages each gradient over the processes, so that the
+            answer is that of one process with all examples; `"end"` lets each process make its hypergradient of its own
+            examples and averages those, in one exchange, as the paper does. The mean of products of means is not the
+            product of means: the two differ as the processes' gradients do.
 
     Raises:
-        DefinitionError: the scale is not positive.
+        DefinitionError: the scale is not positive, or synchronize is neither.
 
     Example:
         For gradient descent with rate 1/2 the response is half of the identity-inverse one:
@@ -50,6 +55,7 @@ class SAMA(BestResponse):
     """
 
     scale: float | None = None
+    synchronize: Literal["always", "end"] = "always"
 
     requires: ClassVar[Requires] = "solution"
     claims: ClassVar[Claims] = Claims(target="step", exact=False, knob="scale", assumes=frozenset({"minimization"}))
@@ -57,8 +63,17 @@ class SAMA(BestResponse):
     uses_optimizer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Refuse a step that is not positive."""
+        """Refuse settings without a meaning."""
         check_scale("SAMA", self.scale)
+        if self.synchronize not in ("always", "end"):
+            raise DefinitionError(f"SAMA(synchronize={self.synchronize!r}): expected 'always' or 'end'.")
+        if self.synchronizes_once:
+            object.__setattr__(self, "claims", replace(self.claims, data_parallel=False))
+
+    @property
+    def synchronizes_once(self) -> bool:
+        """Whether processes average finished hypergradients alone."""
+        return self.synchronize == "end"
 
     def vjp(self, solved: Solved, cotangent: Tree, state: Any) -> tuple[dict[str, Tree], Any, Stats]:
         """Return the central difference of ∇_x g along w, for every input.

@@ -120,15 +120,22 @@ def mean_product(
 
     total = [torch.zeros_like(x, dtype=_tree.precision(x)) for x in leaves]
     together = samples if chunk is None else chunk
+    sharing = solved.sharing if solved.sharing is not None and solved.sharing.kind == "samples" else None
     for first in range(0, samples, together):
-        count = min(together, samples - first)
         # Under a map a draw would be refused, or be another one for each of what is mapped.
-        r = _tracing.call_outside(draw, count)
+        r = _tracing.call_outside(draw, min(together, samples - first))
+        if sharing is not None:
+            r = [x[(sharing.rank - first) % sharing.size :: sharing.size] for x in r]
+        count = len(r[0])
+        if not count:
+            continue
         with _mapped():
-            products = torch.func.vmap(along, randomness="same")(*r) if together > 1 else along(*(x[0] for x in r))[None]
+            products = torch.func.vmap(along, randomness="same")(*r) if count > 1 else along(*(x[0] for x in r))[None]
         for i, x in enumerate(r):
             weights = products.to(x.device, total[i].dtype).reshape(count, *[1] * (x.dim() - 1))
             total[i] = total[i] + (weights * x).sum(0)
+    if sharing is not None:
+        total = sharing.total(total)
     mean = _tree.unflatten(structure, [(t / samples).to(x.dtype) for t, x in zip(total, leaves, strict=True)])
     answer: dict[str, Tree] = _tree.where(_tree.is_zero(cotangent), _tree.zeros_like(mean), mean)
     return answer

@@ -12,6 +12,7 @@ from torchopt.base import GradientTransformation
 
 from funcmlo import _tree, precision
 from funcmlo._tree import Tree
+from funcmlo.sharing import Sharing
 
 Standing = tuple[Tree, Tree]
 """A level's parameters and its optimizer's state."""
@@ -116,12 +117,14 @@ class Solved:
         condition: `condition(params, inputs)`, a tree like params that vanishes at the solution, for a problem that is
             no minimization (a fixed point); None for ∇_y loss.
         parts: the inner step taken apart; None where it has no such parts (a fixed point, an outside solver).
-        evaluate: `evaluate(call, first, inputs, draw=None)`, another function of the level's arguments, with the first one
-            in place of the level's parameters, under the batch and the randomness of `loss`.
+        evaluate: `evaluate(call, first, inputs, draw=None, is_cost=False)`, another function of the level's arguments, with
+            the first one in place of the level's parameters, under the batch and the randomness of `loss`; `is_cost` says
+            that it is a mean over examples, and its first argument what such a function returned for them.
         kept: the standings that `BestResponse.keep` asked for, by the step before which they are: values only.
         autocast: the 16-bit dtype that the cost is computed in; None for the parameters' own. See `epsilon`.
         loss_scale: the factor under which reverse passes keep 16-bit derivatives in range; None for none.
         cost_inputs: the inputs that the cost itself reads; the others come in by the start, the optimizer or the projection.
+        sharing: what processes share of the level; None for nothing.
         seed: an integer that follows from the program's seed, the level and its step, for estimators that draw.
     """
 
@@ -143,6 +146,7 @@ class Solved:
     cost_inputs: tuple[str, ...] = ()
     autocast: torch.dtype | None = None
     loss_scale: float | None = None
+    sharing: Sharing | None = None
 
     def epsilon(self, tree: Tree) -> float:
         """Return the machine epsilon of the cost: of the coarsest dtype among a tree, the inputs and autocast's.

@@ -83,6 +83,8 @@ class LinearSolver(ABC):
     """Whether its answer can be differentiated again as that of a solve, with all its statistics known."""
     vmap: ClassVar[bool] = True
     """Whether it works on problems mapped by `torch.func.vmap`."""
+    data_parallel: ClassVar[bool] = True
+    """Whether it sees a level's examples by its operator alone, so that processes can share them."""
     exact: ClassVar[bool] = True
     """Whether its answer reaches H⁻¹v to rounding with ordinary settings (else to its knob's accuracy)."""
     assumes: ClassVar[frozenset[Assumption]] = frozenset({"positive definite"})

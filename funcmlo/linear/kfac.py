@@ -100,6 +100,7 @@ class KFAC(LinearSolver, Preconditioner):
     uses_operator: ClassVar[bool] = False
     differentiable: ClassVar[bool] = False
     vmap: ClassVar[bool] = False
+    data_parallel: ClassVar[bool] = False
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

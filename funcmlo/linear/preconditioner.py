@@ -16,6 +16,8 @@ class Preconditioner(ABC):
 
     vmap: ClassVar[bool] = True
     """Whether it works on problems mapped by `torch.func.vmap`."""
+    data_parallel: ClassVar[bool] = True
+    """Whether it sees a level's examples by the operator alone, so that processes can share them."""
     differentiable: ClassVar[bool] = True
     """Whether it works where the solve is differentiated again."""
 

@@ -6,7 +6,7 @@ the order of the updates (`program.schedule()`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,10 +24,10 @@ from funcmlo.level import Level
 from funcmlo.multilevel import Multilevel
 from funcmlo.optim import mend
 from funcmlo.problem import Problem
+from funcmlo.roles import Roles
 from funcmlo.schedule import Loop
 from funcmlo.signature import BATCH
 from funcmlo.state import State
-from funcmlo.tasks import Tasks
 from funcmlo.testing.subjects import cotangent_like, inputs_of, told, wide, wide_state
 
 
@@ -134,9 +134,14 @@ def _of_program(program: Multilevel, state: State, batches: Any, *, of: str) -> 
     for name in running - {of}:
         _followed(levels[name], state.step[name])
     feed = feeds(
-        [levels[name] for name in running], program.graph.levels, batches, state.step, pure=True, tasks=program.tasks
+        [levels[name] for name in running],
+        program.graph.levels,
+        batches,
+        state.step,
+        pure=True,
+        tasks=program._plan.roles.tasks,
     )
-    world = _World(levels, feed, program.tasks, state)
+    world = _World(levels, feed, program._plan.roles, state)
     with torch.enable_grad(), told(f"level '{of}'"):
         for item in before:
             world.begin(item) if isinstance(item, str) else world.run(item)
@@ -150,7 +155,7 @@ class _World:
 
     levels: dict[str, Level]
     feed: dict[str, Feed]
-    tasks: Mapping[str, Tasks]
+    roles: Roles
     state: State
 
     def run(self, loop: Loop) -> None:
@@ -196,7 +201,7 @@ class _World:
         problem = self._problem(name)
         cost, aux = problem.cost(at, self._inputs(name), t)
         self._put(name, own)
-        self.state = with_buffers(self.state, name, problem.after(aux)[0].fixed)
+        self.state = with_buffers(self.state, name, problem.after(aux, t)[0].fixed)
         return _gradient(cost, at), own
 
     def begin(self, name: str) -> None:
@@ -214,7 +219,7 @@ class _World:
         self.state = replace(self.state, params={**self.state.params, name: params}, optimizer=optimizer)
 
     def _problem(self, name: str) -> Problem:
-        return bound(self.levels[name], self.feed, self.state, self.tasks)
+        return bound(self.levels[name], self.feed, self.state, self.roles)
 
     def _inputs(self, name: str) -> dict[str, Tree]:
         return {source: self.state.params[source] for source in self.levels[name].reads_levels}

@@ -146,7 +146,7 @@ def _of_program(program: Multilevel, state: State, batches: Any, *, of: str) -> 
         raise ParameterError(f"expected the State that program.init returns; {type(state).__name__} came.")
     state, batches = wide_state(state, batches)
     part = program.levels[: program.graph.levels.index(of) + 1]
-    feed = feeds(part, program.graph.levels, batches, state.step, pure=True, tasks=program.tasks)
+    feed = feeds(part, program.graph.levels, batches, state.step, pure=True, tasks=program._plan.roles.tasks)
     solved = _Solved(program, state, feed)
     for level in part:  # what a loss makes once and keeps must not be made inside a transform
         solved.cost(level.name, state.params[level.name], solved.reads(level.name), ahead=level.name == of)
@@ -165,7 +165,7 @@ class _Solved:
         """A level's cost at its next step, or at the last one that it made."""
         level = next(level for level in self.program.levels if level.name == name)
         last = 0 if ahead or not self.state.step[name] else -1
-        return bound(level, self.feed, self.state, self.program.tasks).cost(own, inputs, last)[0]
+        return bound(level, self.feed, self.state, self.program._plan.roles).cost(own, inputs, last)[0]
 
     def reads(self, name: str) -> dict[str, Tree]:
         level = next(level for level in self.program.levels if level.name == name)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-
-import torch
-from tqdm import tqdm
+from typing import Any
 
 from paper_repro.data import Dataset, load
 from paper_repro.domains.baselines import BASELINES
@@ -19,7 +17,7 @@ from paper_repro.domains.problem import Domains, Settings, draw
 from paper_repro.domains.report import summary
 from paper_repro.domains.styles import SOURCES
 from paper_repro.domains.taylor import SIZES, remainders
-from paper_repro.experiment import Experiment, Request
+from paper_repro.experiment import Experiment, Request, swept
 from paper_repro.results import environment, write_json
 
 
@@ -62,46 +60,73 @@ def run(request: Request) -> Sequence[Path]:
         The paths written.
     """
     data = load(request.dataset, request.data_dir)
-    settings = PRESETS[request.preset][request.dataset]
-    print(
-        f"domains on {data.source}: {settings.per_source} examples from each of {len(SOURCES)} sources; of the target "
-        f"{settings.train} to finetune on, {settings.valid} for the third level and {len(data.x_test)} to test on; "
-        f"{settings.outer} updates of the third level",
-        flush=True,
-    )
-    outcomes: list[Outcome] = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads or threads)
-    try:
-        with tqdm(total=request.seeds * len(request.methods), leave=False, disable=None) as bar:
-            for seed in range(request.seeds):
-                outcomes += [baseline(data, settings, name, seed) for name in BASELINES]
-                for name in request.methods:
-                    bar.set_description(f"seed {seed} {name}")
-                    outcomes.append(method(data, settings, name, seed))
-                    bar.update()
-    finally:
-        torch.set_num_threads(threads)
-    text = summary(outcomes)
-    print(f"\n{text}")
-    results = write_json(
-        request.out / "results.json",
-        {
-            "experiment": "domains",
-            "dataset": data.name,
-            "source": data.source,
-            "preset": request.preset,
-            "settings": asdict(settings),
-            "tuned": {name: asdict(tuned) for name, tuned in TUNED.items()},
-            "sources": [source.name for source in SOURCES],
-            "taylor_sizes": SIZES,
-            "seeds": list(range(request.seeds)),
-            "environment": environment(),  # settings.threads says how many of the threads were used
-            "outcomes": [asdict(outcome) for outcome in outcomes],
-        },
-    )
-    (request.out / "table.txt").write_text(text + "\n", encoding="utf-8")
-    return results, request.out / "table.txt", draw_figure(request.out / "figure.png", data, outcomes)
+    written: list[Path] = []
+    for found in swept(
+        request,
+        "domains",
+        PRESETS[request.preset][request.dataset],
+        cell,
+        (*BASELINES, *request.methods),
+        header=lambda s: (
+            f"domains on {data.source}: {s.per_source} examples from each of {len(SOURCES)} sources; of the target "
+            f"{s.train} to finetune on, {s.valid} for the third level and {len(data.x_test)} to test on; "
+            f"{s.outer} updates of the third level"
+        ),
+        line=said,
+        dataset=request.dataset,
+        data_dir=request.data_dir,
+    ):
+        outcomes = [Outcome(**row) for row in found.rows]
+        text = summary(outcomes)
+        print(f"\n{found.title}\n\n{text}" if found.title else f"\n{text}")
+        results = write_json(
+            found.out / "results.json",
+            {
+                "experiment": "domains",
+                "dataset": data.name,
+                "source": data.source,
+                "preset": request.preset,
+                "settings": asdict(found.settings),
+                "tuned": {name: asdict(tuned) for name, tuned in TUNED.items()},
+                "sources": [source.name for source in SOURCES],
+                "taylor_sizes": SIZES,
+                "seeds": list(range(request.seeds)),
+                "environment": environment(),
+                "threads": found.threads,  # that were used, of those of the environment
+                "outcomes": [asdict(o) for o in outcomes],
+            },
+        )
+        (found.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+        written += [results, found.out / "table.txt", draw_figure(found.out / "figure.png", data, outcomes)]
+    return written
+
+
+def cell(*, settings: Settings, method: str, seed: int, dataset: str, data_dir: Path | None) -> dict[str, Any]:
+    """Run a baseline or a method on one draw.
+
+    Args:
+        settings: sizes and rates.
+        method: a name in BASELINES or METHODS.
+        seed: decides the draw.
+        dataset: a data set's name.
+        data_dir: where it is looked for first.
+
+    Returns:
+        The outcome as plain data.
+    """
+    return asdict(outcome(load(dataset, data_dir), settings, method, seed))
+
+
+def said(row: dict[str, Any]) -> str:
+    """Say in a line what a cell came to."""
+    curve = row["curve"]
+    score = f"{curve[0]:.3f} before, {curve[-1]:.3f} after" if curve else f"{row['accuracy']:.3f}"
+    return f"test accuracy {score}"
+
+
+def outcome(data: Dataset, settings: Settings, name: str, seed: int) -> Outcome:
+    """Run a row of the table, whichever it is, on one draw."""
+    return (baseline if name in BASELINES else method)(data, settings, name, seed)
 
 
 def baseline(data: Dataset, settings: Settings, name: str, seed: int) -> Outcome:
@@ -135,22 +160,21 @@ def method(data: Dataset, settings: Settings, name: str, seed: int) -> Outcome:
         The outcome.
     """
     problem, tuned = draw(data, settings, seed), TUNED[name]
-    learned = learn(regularized(problem, tuned.train), settings, name)
+    found = learn(regularized(problem, tuned.train), settings, name)
     both = regularized(variant(problem, name), tuned.both).with_validation()
-    weights = learned.problem.weights(learned.reweight)
+    weights = found.problem.weights(found.reweight)
     sums = weights.new_zeros(len(SOURCES)).index_add(0, problem.source, weights)
-    print(f"seed {seed}  {name}: test accuracy {learned.curve[0]:.3f} before, {learned.curve[-1]:.3f} after", flush=True)
     return Outcome(
         name,
         seed,
-        learned.curve[-1],
-        both.accuracy(both.pipeline(learned.reweight)),
-        curve=learned.curve,
-        cost=learned.cost,
+        found.curve[-1],
+        both.accuracy(both.pipeline(found.reweight)),
+        curve=found.curve,
+        cost=found.cost,
         relative=(sums * len(SOURCES)).tolist(),
-        remainders=taylor(learned),
-        converged=learned.converged,
-        seconds=learned.seconds,
+        remainders=taylor(found),
+        converged=found.converged,
+        seconds=found.seconds,
     )
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from paper_repro.data import Dataset, load
-from paper_repro.experiment import Experiment, Request
+from paper_repro.data import load
+from paper_repro.experiment import Experiment, Request, swept
 from paper_repro.hypercleaning.figure import draw_figure
 from paper_repro.hypercleaning.methods import METHODS, program
 from paper_repro.hypercleaning.problem import Cleaning, Settings, auc, draw, fit
@@ -44,6 +45,8 @@ BASELINES = {
     "clean set only": "plain training on the small clean validation set alone",
     "oracle": "plain training on the rightly labelled part of the training set",
 }
+PLAIN = "baselines"
+"""The cell that has all of them."""
 
 
 @dataclass
@@ -89,65 +92,105 @@ def run(request: Request) -> Sequence[Path]:
         The paths written.
     """
     data = load(request.dataset, request.data_dir)
-    settings = PRESETS[request.preset][request.dataset]
-    print(
-        f"hyper-cleaning on {data.source}: {settings.train:,} training examples, {settings.corrupted:.0%} of whose labels "
-        f"are wrong; {settings.valid:,} clean validation examples; {settings.outer} upper steps of {settings.inner} "
-        "lower ones",
-        flush=True,
-    )
-    outcomes: list[Outcome] = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads or threads)
-    try:
-        for seed in range(request.seeds):
-            outcomes += one_seed(data, settings, request.methods, seed)
-    finally:
-        torch.set_num_threads(threads)
-    text = summary(outcomes)
-    print(f"\n{text}")
-    results = write_json(
-        request.out / "results.json",
-        {
-            "experiment": "hypercleaning",
-            "dataset": data.name,
-            "source": data.source,
-            "preset": request.preset,
-            "settings": asdict(settings),
-            "seeds": list(range(request.seeds)),
-            "environment": environment(),  # settings.threads says how many of the threads were used
-            "outcomes": [{k: v for k, v in vars(o).items() if k != "weights"} for o in outcomes],
-        },
-    )
-    (request.out / "table.txt").write_text(text + "\n", encoding="utf-8")
-    problem = draw(data, settings, seed=0)
-    figure = draw_figure(request.out / "figure.png", data, problem, [o for o in outcomes if o.seed == 0])
-    return results, request.out / "table.txt", figure
+    written: list[Path] = []
+    for found in swept(
+        request,
+        "hypercleaning",
+        PRESETS[request.preset][request.dataset],
+        cell,
+        (PLAIN, *request.methods),
+        header=lambda s: (
+            f"hyper-cleaning on {data.source}: {s.train:,} training examples, {s.corrupted:.0%} of whose labels are wrong; "
+            f"{s.valid:,} clean validation examples; {s.outer} upper steps of {s.inner} lower ones"
+        ),
+        line=said,
+        dataset=request.dataset,
+        data_dir=request.data_dir,
+        bar=request.jobs == 1 and request.dask is None,
+    ):
+        outcomes = with_gaps([Outcome(**row) for rows in found.rows for row in rows])
+        text = summary(outcomes)
+        print(f"\n{found.title}\n\n{text}" if found.title else f"\n{text}")
+        results = write_json(
+            found.out / "results.json",
+            {
+                "experiment": "hypercleaning",
+                "dataset": data.name,
+                "source": data.source,
+                "preset": request.preset,
+                "settings": asdict(found.settings),
+                "seeds": list(range(request.seeds)),
+                "environment": environment(),
+                "threads": found.threads,  # that were used, of those of the environment
+                "outcomes": [{k: v for k, v in vars(o).items() if k != "weights"} for o in outcomes],
+            },
+        )
+        (found.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+        problem = draw(data, found.settings, seed=0)
+        figure = draw_figure(found.out / "figure.png", data, problem, [o for o in outcomes if o.seed == 0])
+        written += [results, found.out / "table.txt", figure]
+    return written
 
 
-def one_seed(data: Dataset, settings: Settings, methods: Sequence[str], seed: int) -> list[Outcome]:
-    """Run the baselines and the methods on one draw of the problem.
+def cell(
+    *, settings: Settings, method: str, seed: int, dataset: str, data_dir: Path | None, bar: bool
+) -> list[dict[str, Any]]:
+    """Run a method, or all baselines, on one draw of the problem.
 
     Args:
-        data: the data set.
         settings: sizes and rates.
-        methods: names in METHODS.
+        method: a name in METHODS, or PLAIN.
         seed: decides the draw.
+        dataset: a data set's name.
+        data_dir: where it is looked for first.
+        bar: whether to show a progress bar.
 
     Returns:
-        One outcome each, baselines first.
+        The outcomes as plain data.
     """
-    problem = draw(data, settings, seed)
-    begin = problem.classifier()
-    clean = problem.clean
+    problem = draw(load(dataset, data_dir), settings, seed)
+    if method == PLAIN:
+        return [vars(outcome) for outcome in baselines(problem, settings, seed)]
+    return [vars(bilevel(problem, settings, method, seed, bar=bar))]
+
+
+def said(rows: Sequence[dict[str, Any]]) -> str:
+    """Say in a line what a cell came to."""
+    if len(rows) > 1:
+        return "test accuracy " + ", ".join(f"{row['accuracy']:.3f} ({row['method']})" for row in rows)
+    return f"test accuracy {rows[0]['accuracy']:.3f}, AUC {rows[0]['auc']:.3f}"
+
+
+def baselines(problem: Cleaning, settings: Settings, seed: int) -> list[Outcome]:
+    """Run the baselines on one draw of the problem.
+
+    Args:
+        problem: the data.
+        settings: sizes and rates.
+        seed: the draw's seed.
+
+    Returns:
+        One outcome each.
+    """
+    begin, clean = problem.classifier(), problem.clean
     noisy = problem.accuracy(fit(problem.x, problem.given, begin, settings.decay))
     small = problem.accuracy(fit(problem.x_valid, problem.y_valid, begin, settings.decay))
     oracle = problem.accuracy(fit(problem.x[clean], problem.given[clean], begin, settings.decay))
-    baselines = [Outcome(name, seed, value) for name, value in zip(BASELINES, (noisy, small, oracle), strict=True)]
-    return baselines + [bilevel(problem, settings, name, seed, (noisy, oracle)) for name in methods]
+    return [Outcome(name, seed, value) for name, value in zip(BASELINES, (noisy, small, oracle), strict=True)]
 
 
-def bilevel(problem: Cleaning, settings: Settings, method: str, seed: int, gap: tuple[float, float]) -> Outcome:
+def with_gaps(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Return the outcomes with the share of the gap that each method closed, on each seed."""
+    plain = {(o.method, o.seed): o.accuracy for o in outcomes if o.method in BASELINES}
+
+    def closed(o: Outcome) -> float | None:
+        noisy, oracle = plain["noisy labels", o.seed], plain["oracle", o.seed]
+        return (o.accuracy - noisy) / (oracle - noisy) if oracle > noisy else None
+
+    return [o if o.method in BASELINES else replace(o, gap=closed(o)) for o in outcomes]
+
+
+def bilevel(problem: Cleaning, settings: Settings, method: str, seed: int, *, bar: bool) -> Outcome:
     """Learn the weights by one method, and hold its last hypergradient against the reference.
 
     Args:
@@ -155,17 +198,18 @@ def bilevel(problem: Cleaning, settings: Settings, method: str, seed: int, gap: 
         settings: sizes and rates.
         method: a name in METHODS.
         seed: the program's seed.
-        gap: test accuracy of noisy and of oracle training.
+        bar: whether to show a progress bar.
 
     Returns:
-        The outcome.
+        The outcome, but for the gap.
     """
     cleaner = program(problem, settings, METHODS[method](settings))
     state = cleaner.init({"classifier": problem.classifier(), "weights": torch.zeros(len(problem.x))}, seed=seed)
     curve, seconds, hvps = [(0, problem.accuracy(state.params["classifier"]))], 0.0, 0
     before = state
-    with tqdm(range(1, settings.outer + 1), desc=f"seed {seed} {method:18}", leave=False, disable=None) as bar:
-        for step in bar:
+    quiet = None if bar else True  # None is silent where there is no terminal
+    with tqdm(range(1, settings.outer + 1), desc=f"seed {seed} {method:18}", leave=False, disable=quiet) as steps:
+        for step in steps:
             before = state
             start = time.perf_counter()
             state, metrics = cleaner.step(state, {})
@@ -174,19 +218,15 @@ def bilevel(problem: Cleaning, settings: Settings, method: str, seed: int, gap: 
             hvps += stats.hvps + stats.steps
             if step % settings.evaluate_every == 0 or step == settings.outer:
                 curve.append((step, problem.accuracy(state.params["classifier"])))
-                bar.set_postfix(accuracy=f"{curve[-1][1]:.3f}", validation=f"{float(metrics['weights']['cost']):.3f}")
+                steps.set_postfix(accuracy=f"{curve[-1][1]:.3f}", validation=f"{float(metrics['weights']['cost']):.3f}")
     exact, how = reference(problem, settings, before.params["weights"])
     error, cosine = compare(cleaner.hypergradient(before, {}, of="weights"), exact)
-    noisy, oracle = gap
     accuracy, weights = curve[-1][1], torch.sigmoid(state.params["weights"])
-    quality = auc(weights, problem.clean)
-    print(f"seed {seed}  {method}: test accuracy {accuracy:.3f}, AUC {quality:.3f}", flush=True)
     return Outcome(
         method,
         seed,
         accuracy,
-        auc=quality,
-        gap=(accuracy - noisy) / (oracle - noisy) if oracle > noisy else None,
+        auc=auc(weights, problem.clean),
         error=error,
         cosine=cosine,
         reference=how,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-import torch
-from tqdm import tqdm
+from typing import Any
 
 from paper_repro.data import load
-from paper_repro.experiment import Experiment, Request
+from paper_repro.experiment import Experiment, Request, swept
 from paper_repro.learning_rates.differences import STEPS, relative_error
 from paper_repro.learning_rates.figure import draw_figure
 from paper_repro.learning_rates.learn import learn
@@ -25,6 +23,8 @@ PRESETS: dict[str, dict[str, Settings]] = {
     "smoke": {"digits": Settings(train=100, valid=100, hidden=8, inner=10, outer=4, fine=19, upper_rate=1.5)},
     "cpu": {"digits": Settings()},
 }
+SEARCHES: dict[str, Callable[[Settings], int]] = {"grid": lambda s: s.grid, "fine": lambda s: s.fine}
+"""How many rates each search tries."""
 
 
 @dataclass
@@ -74,46 +74,69 @@ def run(request: Request) -> Sequence[Path]:
         The paths written.
     """
     data = load(request.dataset, request.data_dir)
-    settings = PRESETS[request.preset][request.dataset]
-    print(
-        f"learning rates on {data.source}: {settings.train:,} training and {settings.valid:,} validation examples; "
-        f"trainings of {settings.inner} steps; a grid of {settings.grid} rates from {settings.lowest:g} to "
-        f"{settings.highest:g}; {settings.outer} updates of what is learned",
-        flush=True,
-    )
-    outcomes: list[Outcome] = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads or threads)
-    try:
-        with tqdm(total=request.seeds * len(request.methods), leave=False, disable=None) as bar:
-            for seed in range(request.seeds):
-                problem = draw(data, settings, seed)
-                outcomes.append(searched(problem, settings, "grid", settings.grid, seed))
-                outcomes.append(searched(problem, settings, "fine", settings.fine, seed))
-                for name in request.methods:
-                    bar.set_description(f"seed {seed} {name}")
-                    outcomes.append(learned(problem, settings, name, seed))
-                    bar.update()
-    finally:
-        torch.set_num_threads(threads)
-    text = summary(outcomes)
-    print(f"\n{text}")
-    results = write_json(
-        request.out / "results.json",
-        {
-            "experiment": "learning-rates",
-            "dataset": data.name,
-            "source": data.source,
-            "preset": request.preset,
-            "settings": asdict(settings),
-            "difference_steps": STEPS,
-            "seeds": list(range(request.seeds)),
-            "environment": environment(),  # settings.threads says how many of the threads were used
-            "outcomes": [asdict(outcome) for outcome in outcomes],
-        },
-    )
-    (request.out / "table.txt").write_text(text + "\n", encoding="utf-8")
-    return results, request.out / "table.txt", draw_figure(request.out / "figure.png", data, outcomes)
+    written: list[Path] = []
+    for found in swept(
+        request,
+        "learning-rates",
+        PRESETS[request.preset][request.dataset],
+        cell,
+        (*SEARCHES, *request.methods),
+        header=lambda s: (
+            f"learning rates on {data.source}: {s.train:,} training and {s.valid:,} validation examples; trainings of "
+            f"{s.inner} steps; a grid of {s.grid} rates from {s.lowest:g} to {s.highest:g}; {s.outer} updates of what is "
+            "learned"
+        ),
+        line=said,
+        dataset=request.dataset,
+        data_dir=request.data_dir,
+    ):
+        outcomes = [Outcome(**row) for row in found.rows]
+        text = summary(outcomes)
+        print(f"\n{found.title}\n\n{text}" if found.title else f"\n{text}")
+        results = write_json(
+            found.out / "results.json",
+            {
+                "experiment": "learning-rates",
+                "dataset": data.name,
+                "source": data.source,
+                "preset": request.preset,
+                "settings": asdict(found.settings),
+                "difference_steps": STEPS,
+                "seeds": list(range(request.seeds)),
+                "environment": environment(),
+                "threads": found.threads,  # that were used, of those of the environment
+                "outcomes": [asdict(outcome) for outcome in outcomes],
+            },
+        )
+        (found.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+        written += [results, found.out / "table.txt", draw_figure(found.out / "figure.png", data, outcomes)]
+    return written
+
+
+def cell(*, settings: Settings, method: str, seed: int, dataset: str, data_dir: Path | None) -> dict[str, Any]:
+    """Run a search or a method on one draw.
+
+    Args:
+        settings: sizes and rates.
+        method: a name in SEARCHES or METHODS.
+        seed: decides the draw.
+        dataset: a data set's name.
+        data_dir: where it is looked for first.
+
+    Returns:
+        The outcome as plain data.
+    """
+    problem = draw(load(dataset, data_dir), settings, seed)
+    if method in SEARCHES:
+        return asdict(searched(problem, settings, method, SEARCHES[method](settings), seed))
+    return asdict(learned(problem, settings, method, seed))
+
+
+def said(row: dict[str, Any]) -> str:
+    """Say in a line what a cell came to."""
+    curve = row["curve"]
+    score = f"{curve[0]:.4f} before, {curve[-1]:.4f} after" if curve else f"{row['valid']:.4f}"
+    return f"validation loss {score}"
 
 
 def searched(problem: Problem, settings: Settings, name: str, count: int, seed: int) -> Outcome:
@@ -153,7 +176,6 @@ def learned(problem: Problem, settings: Settings, method: str, seed: int) -> Out
     best, curve, path = found.best, [score.valid for score in found.scores], found.path
     chosen, places = found.scores[best], (0, best // 2, best)
     rates = [float(step["log_rate"].exp()) for step in path] if path[0].keys() == {"log_rate"} else []
-    print(f"seed {seed}  {method}: validation loss {curve[0]:.4f} before, {curve[-1]:.4f} after", flush=True)
     return Outcome(
         method,
         seed,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from paper_repro.experiment import Experiment, Request
+from paper_repro.experiment import Experiment, Request, swept
 from paper_repro.peers_correctness import networks, quadratics
 from paper_repro.peers_correctness.judge import Outcome, judge_peer
 from paper_repro.peers_correctness.methods import PEERS
@@ -71,35 +70,54 @@ def run(request: Request) -> Sequence[Path]:
     Returns:
         The paths written.
     """
-    settings = PRESETS[request.preset]
     versions = {name: PEERS[name].version() for name in request.methods}
-    outcomes: list[Outcome] = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors of a few numbers
-    try:
-        with tqdm(total=request.seeds * len(request.methods), leave=False, disable=None) as bar:
-            for seed in range(request.seeds):
-                asked = questions(settings, seed)
-                for name in request.methods:
-                    bar.set_description(f"seed {seed} {name}")
-                    outcomes += judge_peer(PEERS[name], asked, seed)
-                    bar.update()
-    finally:
-        torch.set_num_threads(threads)
-    text = "\n\n".join([summary(outcomes, versions), details(outcomes, asked), notes(outcomes, asked)])
-    print(f"\n{text}")
-    content = {
-        "experiment": "peers-correctness",
-        "preset": request.preset,
-        "settings": asdict(settings),
-        "seeds": list(range(request.seeds)),
-        "versions": versions,
-        "environment": environment(),
-        "outcomes": [{**asdict(o), "error": _plain(o.error)} for o in outcomes],
-    }
-    results = write_json(request.out / "results.json", content)
-    (request.out / "table.txt").write_text(text + "\n", encoding="utf-8")
-    return results, request.out / "table.txt"
+    written: list[Path] = []
+    for found in swept(
+        request,
+        "peers-correctness",
+        PRESETS[request.preset],
+        cell,
+        request.methods,
+        header=lambda s: f"{len(questions(s, 0))} questions to {', '.join(request.methods)}",
+        line=said,
+    ):
+        asked = questions(found.settings, request.seeds - 1)
+        outcomes = [Outcome(**row) for rows in found.rows for row in rows]
+        text = "\n\n".join([summary(outcomes, versions), details(outcomes, asked), notes(outcomes, asked)])
+        print(f"\n{found.title}\n\n{text}" if found.title else f"\n{text}")
+        content = {
+            "experiment": "peers-correctness",
+            "preset": request.preset,
+            "settings": asdict(found.settings),
+            "seeds": list(range(request.seeds)),
+            "versions": versions,
+            "environment": environment(),
+            "threads": found.threads,
+            "outcomes": [{**asdict(o), "error": _plain(o.error)} for o in outcomes],
+        }
+        results = write_json(found.out / "results.json", content)
+        (found.out / "table.txt").write_text(text + "\n", encoding="utf-8")
+        written += [results, found.out / "table.txt"]
+    return written
+
+
+def cell(*, settings: Settings, method: str, seed: int) -> list[dict[str, Any]]:
+    """Put all questions to a library.
+
+    Args:
+        settings: the questions' sizes.
+        method: the library's name.
+        seed: decides the questions.
+
+    Returns:
+        The outcomes as plain data.
+    """
+    return [asdict(outcome) for outcome in judge_peer(PEERS[method], questions(settings, seed), seed)]
+
+
+def said(rows: Sequence[dict[str, Any]]) -> str:
+    """Say in a line what a cell came to."""
+    return ", ".join(f"{count} {verdict}" for verdict, count in Counter(row["verdict"] for row in rows).items())
 
 
 def _plain(error: float | None) -> float | str | None:
