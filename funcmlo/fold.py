@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcmlo import _reached, _tracing, _tree, kernels, precision
+from funcmlo import _reached, _tracing, _tree, kernels, precision, sharded
 from funcmlo._tree import Tree
 from funcmlo.errors import EstimatorError, FuncmloWarning, listing
 from funcmlo.gradients import value_and_grads
@@ -145,6 +145,7 @@ def _asked(
         check_mapped(f"level '{name}'", estimator)
         with (
             precision.scaled(at.loss_scale),
+            sharded.naming(f"level '{name}'", estimator),
             kernels.naming(f"level '{name}'", estimator),
             _reached.reaching(at.inputs) as reached,
         ):

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "funcmlo"
 ORDER = [
     "errors",
     "describe",
+    "sharded",
     "kernels",
     "assumptions",
     "_tree",

@@ -70,7 +70,9 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", [name for name, blocks in BLOCKS.items() if blocks])
-def test_code_runs(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_runs(page: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.chdir(tmp_path)  # for what a page writes
     # Later blocks go on where earlier ones stopped, as a reader does.
     torch.manual_seed(0)
     scope: dict[str, object] = {"__name__": "page"}

@@ -17,6 +17,7 @@ from funcmlo.sharing import who
 from funcmlo.state import State
 from funcmlo.train import checkpoint
 from funcmlo.train.durable import make_folder
+from funcmlo.train.fitting import taken_apart
 from funcmlo.train.history import History, HistoryFile
 from funcmlo.train.places import explained, step_of
 
@@ -59,6 +60,7 @@ class Journal:
         """
         if self.folder is None:
             return state, 0, None, History()
+        taken_apart(self.roles.gathered(state))  # what no file can keep is told now
         rank, size = who()
         if rank == 0:
             with explained(f"{self.folder} cannot be a folder of checkpoints"):
