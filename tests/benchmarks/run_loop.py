@@ -171,9 +171,8 @@ def leak(steps: int) -> None:
         _, history = program.run(state, loaders, steps=steps, progress=False, checkpoint=folder, every=500)
     memory = history["memory"]
     early, late = memory[steps // 10], memory.iloc[-1]
-    print(
-        f"{steps:,} steps: {early / 2**20:.1f} MiB after {steps // 10:,}, {late / 2**20:.1f} MiB at the end: {late / early:.4f}"
-    )
+    then = f"{steps // 10:,} ({early / 2**20:.0f} MiB)"
+    print(f"{steps:,} steps: resident memory at the end is {late / early:.4f} of that after {then}")
 
 
 def main() -> None:
