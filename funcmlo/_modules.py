@@ -102,7 +102,15 @@ def skeleton(module: nn.Module) -> nn.Module:
     for part in copied.modules():
         if isinstance(part, parametrizations._SpectralNorm):
             part._power_method = _power_method.__get__(part)  # type: ignore[method-assign]
+        if isinstance(part, parametrizations._WeightNorm):
+            part.forward = _normed.__get__(part)  # type: ignore[method-assign]
     return copied
+
+
+def _normed(self: parametrizations._WeightNorm, weight_g: Tensor, weight_v: Tensor) -> Tensor:
+    """G v / ‖v‖: torch's fused kernel of it has wrong second derivatives on the CPU, and no forward mode."""
+    normed: Tensor = weight_v * (weight_g / torch.norm_except_dim(weight_v, 2, self.dim))
+    return normed
 
 
 def filled(empty: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:

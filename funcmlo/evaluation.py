@@ -61,13 +61,10 @@ class Evaluation:
         """Return the problem of one task, which has none itself."""
         tasks = self.tasks
         assert tasks is not None
-        # One lane draws the same as all of a map by itself; what is evaluated after it must draw other numbers.
-        first = part.first + tasks.first
-        apart = first > 0 and tasks.randomness == "different"
         return replace(
             self,
             feed=lambda t: tasks.batch(self.level.name, self.feed(t), part),
-            lane=first if apart else 0,
+            lane=tasks.lane(part),
             fixed=tasks.inputs(dict(self.fixed), part),
             tasks=None,
             sharing=None,

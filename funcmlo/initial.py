@@ -15,7 +15,7 @@ from funcmlo.hypergrad.base import BestResponse
 from funcmlo.level import Level
 from funcmlo.signature import holder
 from funcmlo.state import State
-from funcmlo.tasks import Tasks
+from funcmlo.tasks import Slice, Tasks
 
 
 def first_state(
@@ -77,7 +77,7 @@ def first_state(
             )
         level = ready[0]
         with _random.seeded(_random.step_seed(seed, f"{level.name}.init", 0)):
-            own[level.name] = _parameters(level.name, _start(level, tasks.get(level.name), own))
+            own[level.name] = _parameters(level.name, _start(level, tasks.get(level.name), own, seed))
         waiting.remove(level)
     return State(
         params={name: own[name] for name in names},
@@ -89,11 +89,18 @@ def first_state(
     )
 
 
-def _start(level: Level, tasks: Tasks | None, own: dict[str, Tree]) -> Tree:
+def _start(level: Level, tasks: Tasks | None, own: dict[str, Tree], seed: int) -> Tree:
     """Where a level's loop begins, in every task."""
     if tasks is None or not tasks.own:
         return level.starting_point(own)
-    return tasks.values(lambda part: level.starting_point(tasks.inputs(own, part)))
+    # Each part draws as its inner loops will, so that "the same" is the same however tasks are grouped.
+    return tasks.values(lambda part: _start_of_part(level, tasks, own, part, seed))
+
+
+def _start_of_part(level: Level, tasks: Tasks, own: dict[str, Tree], part: Slice, seed: int) -> Tree:
+    lane = tasks.lane(part)
+    with _random.seeded(_random.step_seed(seed, f"{level.name}.init" + (f"[{lane}]" if lane else ""), 0)):
+        return level.starting_point(tasks.inputs(own, part))
 
 
 def _optimizer(level: Level, tasks: Tasks | None, own: dict[str, Tree]) -> Tree:

@@ -161,6 +161,10 @@ class Tasks:
             ) from error
         return tensors, [x.sum(0) for x in summands]
 
+    def lane(self, part: Slice) -> int:
+        """Return what sets a part's draws apart: 0 for the first one, and for all where tasks draw the same."""
+        return part.first + self.first if self.randomness == "different" else 0
+
     def values(self, function: Callable[[Slice], Tree]) -> Tree:
         """Evaluate a function for every task and stack what it returns."""
         return self.map(lambda part: (function(part), ()))[0]

@@ -83,6 +83,10 @@ def test_processes_hold_the_same_bits_over_50_steps(long_run: dict) -> None:
     assert long_run["50 steps"]["different"] == 50  # the digests do see the steps
 
 
+def test_processes_draw_other_numbers_for_their_examples(long_run: dict) -> None:
+    assert long_run["draws"]["different"] == 2
+
+
 @pytest.mark.parametrize(
     "name",
     ["forward gradient", "forward gradient in chunks", "forward gradient one by one", "one sample", "perturbed solve"],
@@ -128,6 +132,24 @@ def test_costs_that_look_at_all_tasks_are_refused(reduce: object, monkeypatch: p
     upper = fm.Level("x", lambda x, y: (y**2).sum(), torchopt.sgd(0.1), reduce=reduce)
     with pytest.raises(fm.DefinitionError, match=r"level 'x'.*expected reduce='mean' or 'sum'"):
         fm.Multilevel(lower, upper, parallel="tasks")
+
+
+@pytest.mark.parametrize("solver", [fm.CG(3, preconditioner=None), "kfac", "preconditioned"])
+def test_estimators_that_see_examples_by_other_ways_are_refused(solver: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "who", lambda: (0, 2))
+    monkeypatch.setattr("funcmlo.roles.who", lambda: (0, 2))
+    net, loss = fm.Stateless(torch.nn.Linear(1, 1)), torch.nn.MSELoss()
+    kfac = fm.KFAC(net, loss, data=lambda y, batch: (batch, batch), damping=0.1)
+    made = {"kfac": fm.AID(kfac), "preconditioned": fm.AID(fm.CG(3, preconditioner=kfac))}
+    response = made[solver] if isinstance(solver, str) else fm.AID(solver)
+    assert response.claims.data_parallel == (not isinstance(solver, str))
+    lower = fm.Level("y", lambda y, x, batch: loss(net(y, batch), batch) * x, torchopt.sgd(0.1), response=response)
+    upper = fm.Level("x", lambda x, y: sum((w**2).sum() for w in y.values()), torchopt.sgd(0.1))
+    if response.claims.data_parallel:
+        fm.Multilevel(lower, upper, parallel="data")
+        return
+    with pytest.raises(fm.DefinitionError, match=r"level 'y': AID\(.*KFAC.* does not work with parallel='data'"):
+        fm.Multilevel(lower, upper, parallel="data")
 
 
 def test_nested_programs_share_batches_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,10 @@ def mean_product(
         if not count:
             continue
         with _mapped():
-            products = torch.func.vmap(along, randomness="same")(*r) if count > 1 else along(*(x[0] for x in r))[None]
+            if count > 1 and not _tracing.mapping():  # torch's forward derivatives are wrong under two maps: see forward.py
+                products = torch.func.vmap(along, randomness="same")(*r)
+            else:
+                products = torch.stack([along(*(x[i] for x in r)) for i in range(count)])
         for i, x in enumerate(r):
             weights = products.to(x.device, total[i].dtype).reshape(count, *[1] * (x.dim() - 1))
             total[i] = total[i] + (weights * x).sum(0)

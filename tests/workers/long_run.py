@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchopt
 from torch import nn
@@ -55,6 +56,18 @@ def main() -> None:
             state, metrics = program.step(state, part)
             every.append([state.params, state.optimizer, state.response, state.buffers, metrics])
         tell(mine, "50 steps", {"different": len({digest(one) for one in every})}, bits=every)
+
+        drawn: list[float] = []
+
+        def noisy(w: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+            drawn.append(float(torch.rand(())))
+            return (w * batch).mean()
+
+        alone = fm.Multilevel(fm.Level("w", noisy, torchopt.sgd(0.1)), parallel="data")
+        alone.step(alone.init({"w": torch.ones(())}), {"w": torch.ones(2)})
+        others: list[float] = [0.0] * mine.size
+        dist.all_gather_object(others, drawn[0])
+        tell(mine, "draws", {"different": len(set(others))})
 
         whole = {level: lambda t, level=level: batch(level, t) for level in ("weights", "points")}
         for name, response in {
