@@ -25,11 +25,15 @@ def alone(kind: str) -> tuple[dict[str, list[torch.Tensor]], dict[str, dict[str,
     return {name: _tree.leaves(tree) for name, tree in state.params.items()}, json.loads(rows.to_json(double_precision=15))
 
 
+@pytest.fixture(scope="module")
+def unbroken() -> dict:
+    return launch(*SCRIPT)[0]["trained"]
+
+
 @pytest.mark.parametrize("kind", ["data", "tasks"])
-def test_two_processes_train_as_one_does(kind: str) -> None:
-    told, _ = launch(*SCRIPT, "--kind", kind)
+def test_two_processes_train_as_one_does(kind: str, unbroken: dict) -> None:
     params, rows = alone(kind)
-    found = told["trained"]
+    found = unbroken if kind == "data" else launch(*SCRIPT, "--kind", kind)[0]["trained"]
     assert found["alike"]
     for name, leaves in params.items():
         for x, numbers in zip(leaves, found["params"][name], strict=True):
@@ -42,12 +46,11 @@ def test_two_processes_train_as_one_does(kind: str) -> None:
 
 
 @pytest.mark.parametrize("fail", ["kill", "raise"])
-def test_a_run_goes_on_when_a_process_dies(fail: str, tmp_path: Path) -> None:
+def test_a_run_goes_on_when_a_process_dies(fail: str, tmp_path: Path, unbroken: dict) -> None:
     arguments = ("--folder", str(tmp_path / "run"), "--fail", fail)
     told, output = launch(*SCRIPT, *arguments, options=("--max-restarts", "1"))
-    unbroken, _ = launch(*SCRIPT)
     assert (tmp_path / "run.fallen").exists()
-    assert told["trained"] == unbroken["trained"], output[-3000:]
+    assert told["trained"] == unbroken, output[-3000:]
 
 
 def test_a_process_that_dies_ends_the_others_with_one_clear_error(tmp_path: Path) -> None:

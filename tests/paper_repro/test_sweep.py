@@ -291,6 +291,7 @@ def test_a_failure_stops_no_other_cell(tmp_path: Path, jobs: int) -> None:
     assert said[0].startswith("3 of 5 cells")
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_takes_no_other_cell_with_it(tmp_path: Path) -> None:
     with pytest.raises(
         SweepError, match=r"1 of 5 cells failed:\n  seed=1: TerminatedWorkerError: its process died"
@@ -336,6 +337,7 @@ def outcomes(folder: Path) -> Any:
     return [{k: v for k, v in outcome.items() if k != "seconds"} for outcome in content["outcomes"]]
 
 
+@pytest.mark.slow
 def test_jobs_change_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for jobs in ("1", "2"):
         assert main([*SMALL, "--jobs", jobs, "--out", str(tmp_path / jobs)]) == 0
