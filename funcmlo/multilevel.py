@@ -261,7 +261,7 @@ class Multilevel:
             >>> loader = torch.utils.data.DataLoader(points, batch_size=4, shuffle=True)
             >>> state = program.init({"mean": torch.zeros(())})
             >>> state, history = program.run(state, {"mean": loader}, steps=100, progress=False)
-            >>> bool(abs(state.params["mean"] - 3.5) < 1), history.index[-1]
+            >>> bool(abs(state.params["mean"] - 3.5) < 1), len(history)
             (True, 100)
         """
         settings = checked(
