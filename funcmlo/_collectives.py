@@ -76,6 +76,45 @@ class Total(torch.autograd.Function):
         return Total.apply(*xs), tuple(in_dims)  # type: ignore[no-untyped-call]
 
 
+class Nothing(torch.autograd.Function):
+    """Zeros that depend on tensors: their derivatives are such zeros again."""
+
+    @staticmethod
+    def forward(like: Tensor, *xs: Tensor) -> Tensor:
+        """Return zeros like the first, in no memory."""
+        return like.new_zeros(()).expand(like.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep what it depends on."""
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        """Return zeros like each."""
+        _, *xs = ctx.saved_tensors
+        return None, *(nothing(x, xs) for x in xs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Any:
+        """Return zeros."""
+        like, *xs = ctx.saved_tensors
+        return nothing(like, xs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], like: Tensor, *xs: Tensor) -> tuple[Any, int | None]:
+        """Return the zeros of one lane."""
+        one = like if in_dims[0] is None else like.select(in_dims[0], 0)
+        return nothing(one, xs), None
+
+
+def nothing(like: Tensor, to: Sequence[Tensor]) -> Tensor:
+    """Return zeros like a tensor that depend on others, with zero derivatives of all orders."""
+    zeros: Tensor = Nothing.apply(like, *to)  # type: ignore[no-untyped-call]
+    return zeros
+
+
 def spread(tree: Tree) -> Tree:
     """Return a replicated tree as something of which each process makes its own."""
     return _over_tensors(Spread.apply, tree)
@@ -99,6 +138,11 @@ def exchanged(tensors: Sequence[Tensor], exchange: Callable[[Tensor], Any]) -> l
     Raises:
         ProcessError: the exchange failed.
     """
+    if not dist.is_initialized():
+        raise ProcessError(
+            "the processes are no longer joined: a program with parallel= is used inside of the `with fm.processes():` that "
+            "it was made in."
+        )
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, x in enumerate(tensors):
         kinds.setdefault((x.device, x.dtype), []).append(i)
@@ -109,14 +153,19 @@ def exchanged(tensors: Sequence[Tensor], exchange: Callable[[Tensor], Any]) -> l
         try:
             exchange(flat)
         except RuntimeError as error:
-            raise ProcessError(
-                f"process {dist.get_rank()} of {dist.get_world_size()} cannot exchange numbers with the others "
-                f"({str(error).splitlines()[0][:200]}): one of them is gone, hangs, or went another way. Look for the "
-                "first error among their outputs. Checkpoints are safe, and torchrun --max-restarts goes on from them."
-            ) from error
+            raise ProcessError(unreachable(error)) from error
         for i, part in zip(numbers, torch.split(flat, [part.numel() for part in parts]), strict=True):
             answer[i] = part.view(tensors[i].shape)
     return answer
+
+
+def unreachable(error: RuntimeError) -> str:
+    """Return what to say when an exchange failed."""
+    return (
+        f"process {dist.get_rank()} of {dist.get_world_size()} cannot exchange numbers with the others "
+        f"({str(error).splitlines()[0][:200]}): one of them is gone, hangs, or went another way. Look for the first error "
+        "among their outputs. Checkpoints are safe, and torchrun --max-restarts goes on from them."
+    )
 
 
 def from_first(tree: Tree) -> Tree:

@@ -15,7 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from funcmlo import _tree
 from funcmlo._tree import Tree
-from funcmlo.errors import ProcessError
+from funcmlo.errors import BatchError, ProcessError
 from funcmlo.sharing import part, who
 
 
@@ -47,12 +47,23 @@ class Processes:
         Returns:
             The part; alone, all of it.
 
+        Raises:
+            BatchError: there are fewer examples than processes.
+
         Example:
             >>> import torch
             >>> Processes(1, 2, torch.device("cpu")).share({"x": torch.arange(5), "name": "a"})
             {'x': tensor([3, 4]), 'name': 'a'}
         """
-        return _tree.map_tensors(lambda x: x[part(x.shape[0], self.rank, self.size)] if x.dim() else x, batch)
+
+        def own(x: torch.Tensor) -> torch.Tensor:
+            if x.dim() and x.shape[0] < self.size:
+                raise BatchError(
+                    f"a batch of shape {tuple(x.shape)} cannot be shared by {self.size} processes; take larger batches."
+                )
+            return x[part(x.shape[0], self.rank, self.size)] if x.dim() else x
+
+        return _tree.map_tensors(own, batch)
 
 
 def _join(backend: str | None, timeout: timedelta) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from funcmlo import _tracing, _tree
@@ -75,7 +76,7 @@ def descend(
             slope = _tree.norm(_tree.detach(gradient))
             y, s = now.apply(y, s, inputs, gradient, t)
         now, aux = now.after(aux, t)
-        if requires == "trajectory" or _tracing.transforming():
+        if requires == "trajectory" or _tracing.transforming() or torch.is_grad_enabled():
             costs.append(cost)
         else:  # side by side: small tensors that stay, one by one, would riddle the heap that the steps work in
             costs = costs or list(cost.new_empty(steps).unbind())

@@ -99,8 +99,9 @@ class Evaluation:
         sharing = self.sharing
         if sharing is None or not sharing.parts:
             return self._part(params, inputs, t)
-        value, aux = self._part(sharing.spread(params), sharing.spread_inputs(inputs), t)
-        return sharing.mean(value, self.extent(t)), aux
+        own, read = sharing.spread(params), sharing.spread_inputs(inputs)
+        value, aux = self._part(own, read, t)
+        return sharing.mean(sharing.tied(value, (own, read)), self.extent(t)), aux
 
     def _part(self, params: Tree, inputs: Mapping[str, Tree], t: int) -> tuple[Tensor, dict[str, Any]]:
         """The cost of what this process has."""

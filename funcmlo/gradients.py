@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from funcmlo import _diff, _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.batches import Microbatches
 from funcmlo.evaluation import Evaluation, mean_of
+from funcmlo.sharing import apart
 
 _Problem = TypeVar("_Problem", bound=Evaluation)
 
@@ -37,6 +39,17 @@ def value_and_grads(
     batch = problem.feed(problem.first + t)
     if not isinstance(batch, Microbatches) or torch.is_grad_enabled() or _tracing.transforming():
         return _diff.value_and_grads(partial(cost, problem), arguments)
+    sharing = problem.sharing if problem.sharing is not None and problem.sharing.joint else None
+    with nullcontext() if sharing is None else apart():
+        sums, metrics, reached = _part_by_part(problem, batch, cost, arguments, t)
+    if sharing is not None:  # once for all parts, of which processes may have different numbers
+        sums = sharing.averaged(sums, problem.extent(t))
+    return sums[0], mean_of(metrics, batch.sizes), sums[1], reached
+
+
+def _part_by_part(
+    problem: Evaluation, batch: Microbatches, cost: Callable[..., tuple[Tensor, Any]], arguments: Sequence[Tree], t: int
+) -> tuple[Tree, list[dict[str, Any]], tuple[bool, ...]]:
     sums: Tree = None
     metrics, reached = list[dict[str, Any]](), [False] * len(arguments)
     for i in range(len(batch)):
@@ -45,4 +58,4 @@ def value_and_grads(
         reached = [before or now for before, now in zip(reached, used, strict=True)]
         problem = problem.carried(aux)
         metrics.append(aux)
-    return sums[0], mean_of(metrics, batch.sizes), sums[1], tuple(reached)
+    return sums, metrics, tuple(reached)

@@ -18,18 +18,20 @@ def metrics_of(name: str, work: Walk | Nest) -> dict[str, Any]:
         work: the step's work, done.
 
     Returns:
-        Metrics by name, of all processes together; empty where the level made no update.
+        Metrics by name; empty where the level made no update. Those that the loss returned are of all processes together:
+        means of numbers, and of tasks all of them; other tensors are this process's.
     """
     outcome = work.outcomes.get(name)
     if outcome is None or not outcome.costs:
         return {}
     costs, aux, slope = torch.stack(list(outcome.costs)), outcome.aux, outcome.slope
     sharing, tasks = work.roles.sharing.get(name), work.roles.tasks.get(name)
-    if sharing is not None and tasks is not None and tasks.own:
-        costs, aux = sharing.averaged((costs, aux), tasks.n)
-        slope = None  # each process has those of its own tasks
+    if sharing is not None and tasks is not None:
+        aux = sharing.gathered(aux, f"level '{name}'")
+        if tasks.own:
+            costs, slope = sharing.averaged(costs, tasks.n), None  # each process has the gradients of its own tasks
     elif sharing is not None and sharing.parts:
-        aux = sharing.averaged(aux, outcome.extent)
+        aux = sharing.mean_metrics(aux, outcome.extent, f"level '{name}'")
     sign = -1 if work.levels[name].maximize else 1
     metrics: dict[str, Any] = {"cost": sign * costs[-1], "costs": sign * costs, "aux": aux}
     if slope is not None:

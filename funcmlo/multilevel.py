@@ -276,7 +276,8 @@ class Multilevel:
             accumulate=accumulate,
         )
         check_data(data, self.graph.levels)
-        told = Told([*map(as_callback, callbacks), *([Progress(self.graph.tops)] if progress else [])])
+        heard = [*map(as_callback, callbacks), *([Progress(self.graph.tops)] if progress else [])]
+        told = Told(heard, *self._plan.roles.who())
         about = {"program": repr(self), "levels": self.graph.levels, "settings": {x.name: repr(x) for x in self.levels}}
         plan = self._plan
         return run(self._clocked_step, plan.passed_over, state, data, settings, told, plan.roles, about)

@@ -27,6 +27,10 @@ class Roles:
     tasks: Mapping[str, Tasks]
     sharing: Mapping[str, Sharing] = field(default_factory=dict)
 
+    def who(self) -> tuple[int, int]:
+        """Return this process's number and how many work together on the program: (0, 1) for one that shares nothing."""
+        return who() if self.sharing else (0, 1)
+
     @property
     def apart(self) -> bool:
         """Whether processes hold numbers that the others do not see."""

@@ -7,7 +7,8 @@ process sees: differentiated, it is the cost of the union, whoever differentiate
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping
+import zlib
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from funcmlo import _collectives, _tree
 from funcmlo._tree import Tree
-from funcmlo.errors import DefinitionError
+from funcmlo.errors import DefinitionError, LossError, ProcessError
 
 Parallel = Literal["data", "tasks", "samples"]
 
@@ -69,10 +70,26 @@ class Sharing:
         if self.sums:
             summed: Tensor = _collectives.total(cost)
             return summed
-        n = torch.full((), float(extent), dtype=cost.dtype, device=cost.device)
-        weighted, all_n = _collectives.total((cost * n, n))
-        mean: Tensor = weighted / all_n
-        return mean
+        wide = torch.promote_types(cost.dtype, torch.float32)  # many examples are beyond half precision
+        n = torch.full((), float(extent), dtype=wide, device=cost.device)
+        weighted, all_n = _collectives.total((cost.to(wide) * n, n))
+        mean: Tensor = weighted / all_n.detach()  # a constant, of which no derivative is exchanged
+        return mean.to(cost.dtype)
+
+    @property
+    def joint(self) -> bool:
+        """Whether each process's cost is a part, and what is put together now is that of all."""
+        return self.parts and not _apart.get()
+
+    def tied(self, cost: Tensor, to: Tree) -> Tensor:
+        """Return a cost that depends on a tree, with zero derivatives of all orders in what it did not depend on.
+
+        So every process exchanges the same derivatives, also one whose examples happen not to touch a parameter.
+        """
+        if _apart.get():
+            return cost
+        leaves = [x for x in _tree.leaves(to) if isinstance(x, Tensor)]
+        return cost + _collectives.nothing(cost, leaves) if leaves else cost
 
     def total(self, tree: Tree) -> Tree:
         """Return the sum over processes of a tree that is each one's own."""
@@ -99,6 +116,62 @@ class Sharing:
             first = iter(_collectives.from_first(others))
             averaged = _tree.map_tensors(lambda x: x if x.is_floating_point() else next(first), averaged)
         return averaged
+
+    def mean_metrics(self, aux: Mapping[str, Any], extent: int, owner: str) -> dict[str, Any]:
+        """Return a loss's metrics with numbers averaged over the processes; other things are this process's.
+
+        Args:
+            aux: numbers, tensors, anything.
+            extent: as for `mean`.
+            owner: whose they are, for the message.
+
+        Returns:
+            The metrics.
+
+        Raises:
+            LossError: the processes have different ones.
+        """
+        numbers = {name: x for name, x in aux.items() if _is_number(x)}
+        _alike(owner, [(name, isinstance(x, float), str(getattr(x, "dtype", ""))) for name, x in numbers.items()])
+        if not numbers:
+            return dict(aux)
+        tensors = [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in numbers.values()]
+        means = self.averaged(tensors, extent)
+        plain = [float(m) if isinstance(x, float) else m for x, m in zip(numbers.values(), means, strict=True)]
+        return {**aux, **dict(zip(numbers, plain, strict=True))}
+
+    def gathered(self, aux: Mapping[str, Any], owner: str) -> dict[str, Any]:
+        """Return the metrics of tasks, whose tensors lead with the task axis, with those of all processes.
+
+        Args:
+            aux: tensors, and what is the same for all tasks.
+            owner: whose they are, for the message.
+
+        Returns:
+            The metrics.
+
+        Raises:
+            LossError: the processes have different ones.
+        """
+        stacked = {name: x for name, x in aux.items() if isinstance(x, Tensor) and x.dim()}
+        _alike(owner, [(name, tuple(x.shape[1:]), str(x.dtype)) for name, x in stacked.items()])
+        return {**aux, **_collectives.gathered(stacked)}
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, float) or (isinstance(x, Tensor) and not x.dim() and x.is_floating_point())
+
+
+def _alike(owner: str, what: Sequence[Any]) -> None:
+    """Raise unless all processes return the same kinds of metrics, which else would be exchanged for one another."""
+    digest = float(zlib.crc32(repr(what).encode()))
+    here = torch.tensor([digest, -digest], dtype=torch.float64)
+    (most,) = _collectives.exchanged([here], lambda x: dist.all_reduce(x, dist.ReduceOp.MAX))
+    if bool(most.sum()):  # the largest and the least digest
+        raise LossError(
+            f"{owner}: the processes' losses returned different metrics beside the cost (here {[w[0] for w in what]}); "
+            "return the same ones everywhere, NaN where there is nothing to tell."
+        )
 
 
 @contextmanager
@@ -173,3 +246,23 @@ def agreed(good: bool) -> bool:
 def summed(x: Tensor) -> Tensor:
     """Return the sum over processes of a plain tensor."""
     return _collectives.exchanged([x], lambda flat: dist.all_reduce(flat))[0]
+
+
+def told_by_all(what: Any) -> list[Any]:
+    """Return what every process tells, in the order of their numbers.
+
+    Args:
+        what: this process's.
+
+    Returns:
+        A list of one from each.
+
+    Raises:
+        ProcessError: they cannot be reached.
+    """
+    found: list[Any] = [None] * who()[1]
+    try:
+        dist.all_gather_object(found, what)
+    except RuntimeError as error:
+        raise ProcessError(_collectives.unreachable(error)) from error
+    return found

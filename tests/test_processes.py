@@ -194,3 +194,53 @@ def test_a_source_of_task_batches_may_draw_at_random() -> None:
     moved, _ = program.step(state, {"y": draw})
     expected = -0.1 * 2 * (0 - draw(0)).mean(1)
     torch.testing.assert_close(moved.params["y"], expected)
+
+
+@pytest.fixture(scope="module")
+def odd() -> dict:
+    return launch("-m", "tests.workers.odd")[0]
+
+
+def test_metrics_are_those_of_all_processes(odd: dict) -> None:
+    assert odd["metrics"]["apart"] < ROUNDING
+    assert odd["metrics"]["own"] == 0
+    assert odd["metrics"]["length"] == 4
+    assert "level 'w': the processes' losses returned different metrics" in odd["different metrics"]["refused"]
+    assert odd["metrics of tasks"]["distance"] < ROUNDING
+    assert odd["metrics of tasks"]["alike"]
+    assert odd["metrics of tasks"]["alike counts"]
+
+
+def test_a_process_whose_examples_touch_nothing_keeps_step(odd: dict) -> None:
+    assert odd["untouched"]["alike"]
+    assert max(odd["untouched"][name] for name in ("w", "h", "norm")) < ROUNDING
+
+
+def test_parts_may_differ_in_number_and_sizes_may_be_beyond_half_precision(odd: dict) -> None:
+    assert odd["microbatches"]["alike"]
+    assert odd["microbatches"]["w"] < ROUNDING
+    assert odd["half precision"]["cost"] == 4.0
+
+
+def test_one_process_may_run_a_program_alone_and_one_interrupt_stops_all(odd: dict) -> None:
+    assert odd["alone"]["steps"] == 3
+    assert odd["interrupted"] == {"name": "interrupted", "steps": 4, "stopped": "interrupted", "alike": True}
+
+
+def test_calls_that_cannot_work_are_told(odd: dict) -> None:
+    assert "cannot be shared by 2 processes; take larger batches" in odd["too few"]["refused"]
+    assert "no longer joined" in odd["left"]["refused"]
+
+
+@pytest.mark.parametrize("how", [{"roll_back": True}, {"warmup": 3}])
+def test_tasks_one_by_one_may_warm_up_and_roll_back(how: dict) -> None:
+    """A loop that is recorded and not asked for again must not write costs into what was made without a graph."""
+
+    def gradient(chunk: int | None) -> torch.Tensor:
+        lower = fm.Level(
+            "y", lambda y, x: ((y - x) ** 2).sum(), torchopt.sgd(0.1), tasks=3, chunk=chunk, response=fm.ITD(), **how
+        )
+        program = fm.Multilevel(lower, fm.Level("x", lambda x, y: (y**2).sum(), torchopt.sgd(0.1)))
+        return program.step(program.init({"y": torch.zeros(3, 2), "x": torch.ones(2)}), {})[0].params["x"]
+
+    torch.testing.assert_close(gradient(1), gradient(None))

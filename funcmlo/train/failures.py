@@ -17,8 +17,11 @@ from funcmlo.state import State
 
 
 @contextmanager
-def terminable() -> Generator[Callable[[], None]]:
+def terminable(interrupt: Callable[[], None] | None = None) -> Generator[Callable[[], None]]:
     """Run a block that SIGTERM ends as an error does: what a cluster sends before it takes a machine away.
+
+    Args:
+        interrupt: what a first Ctrl-C does in place of a KeyboardInterrupt; None for that.
 
     Yields:
         A function that lets SIGTERM wait for the block's end, while what was reached is brought to safety.
@@ -33,11 +36,21 @@ def terminable() -> Generator[Callable[[], None]]:
         if ours:
             signal.signal(signal.SIGTERM, handler)
 
+    def ask(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        assert interrupt is not None
+        interrupt()
+
+    asks = interrupt is not None and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     handle(end)
+    if asks and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, ask)
     try:
         yield lambda: handle(signal.SIG_IGN)
     finally:
         handle(signal.SIG_DFL)
+        if signal.getsignal(signal.SIGINT) is ask:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def announce(error: BaseException) -> None:

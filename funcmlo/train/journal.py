@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from funcmlo import _tree
 from funcmlo.errors import FuncmloError, ProcessError
 from funcmlo.roles import Roles
-from funcmlo.sharing import who
+from funcmlo.sharing import told_by_all
 from funcmlo.state import State
 from funcmlo.train import checkpoint
 from funcmlo.train.durable import make_folder
@@ -61,7 +60,7 @@ class Journal:
         if self.folder is None:
             return state, 0, None, History()
         taken_apart(self.roles.gathered(state))  # what no file can keep is told now
-        rank, size = who()
+        rank, size = self.roles.who()
         if rank == 0:
             with explained(f"{self.folder} cannot be a folder of checkpoints"):
                 make_folder(self.folder)
@@ -104,7 +103,7 @@ class Journal:
         """
         if self.folder is None or self.saved == step:
             return
-        if who()[1] > 1:
+        if self.roles.who()[1] > 1:
             try:
                 _alike(state, self.roles)
             except ProcessError:
@@ -146,8 +145,7 @@ class Journal:
 
 def _agree(folder: Path, steps: int) -> None:
     """Raise unless all processes found the same checkpoint."""
-    found = [0] * who()[1]
-    dist.all_gather_object(found, steps)
+    found: list[int] = told_by_all(steps)
     if len(set(found)) > 1:
         raise ProcessError(
             f"the processes found checkpoints of different steps in {folder}: {found}; it must be one folder that all of "
@@ -158,8 +156,7 @@ def _agree(folder: Path, steps: int) -> None:
 def _alike(state: State, roles: Roles) -> None:
     """Raise unless all processes hold the same numbers of the levels that they hold alike."""
     sums = {name: _checksum(roles.replicated(name, state)) for name in state.params}
-    found: list[dict[str, int]] = [{}] * who()[1]
-    dist.all_gather_object(found, sums)
+    found: list[dict[str, int]] = told_by_all(sums)
     for name in state.params:
         if len({one[name] for one in found}) > 1:
             raise ProcessError(

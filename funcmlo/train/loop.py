@@ -90,14 +90,18 @@ def run(
     running = Running(state, begun, flow.drawn(), history)
     stopped: str = "steps"
     failed: BaseException | None = None
-    with failures.terminable() as calm:
+    size = roles.who()[1]
+    with failures.terminable(told.interrupt if size > 1 else None) as calm:
         try:
             try:
                 told.begin(Start(steps=settings.steps, begun=begun, seed=state.seed, history=history, **about))
                 stopped = _steps(step, passed_over, running, flow, settings, told, journal)
             except KeyboardInterrupt:
                 stopped = "interrupted"
-            journal.save(*running.now)
+            if stopped == "interrupted" and size > 1:  # the others may be elsewhere
+                journal.rescue(*running.now)
+            else:
+                journal.save(*running.now)
         except BaseException as error:
             calm()
             failed = failures.clear(error, running.step + 1)
@@ -124,7 +128,7 @@ def _steps(
     journal: Journal,
 ) -> str:
     """Make the steps that are left; return why they ended."""
-    skipped = 0
+    skipped, size = 0, journal.roles.who()[1]
     at = device_of(running.state.params)
     while running.step < settings.steps:
         begin = time.perf_counter()
@@ -137,7 +141,7 @@ def _steps(
                 raise
             state, found = passed_over(running.state), {"skipped": 1.0}
         found |= {"seconds": time.perf_counter() - begin, "memory": memory(at)}
-        found |= validated(running.step + 1, state, settings.validate, settings.validate_every)
+        found |= validated(running.step + 1, state, settings.validate, settings.validate_every, size)
         journal.record(running.step + 1, found)
         running.advance(state, flow.drawn(), found)
         why = told.record(running.step, found, running.state)

@@ -14,7 +14,9 @@ from funcmlo.train.rows import numbers
 from funcmlo.train.settings import Validate
 
 
-def validated(step: int, state: State, functions: Mapping[str, Validate], every: Mapping[str, int]) -> dict[str, float]:
+def validated(
+    step: int, state: State, functions: Mapping[str, Validate], every: Mapping[str, int], size: int = 1
+) -> dict[str, float]:
     """Return what the validation functions that are due say; of several processes, the mean.
 
     Args:
@@ -22,6 +24,7 @@ def validated(step: int, state: State, functions: Mapping[str, Validate], every:
         state: the state after them.
         functions: functions of the state, by name.
         every: the outer steps between two calls of each.
+        size: how many processes work together.
 
     Returns:
         By column: `name` for a function that returns a number, `name/key` for one that returns a dict.
@@ -44,7 +47,6 @@ def validated(step: int, state: State, functions: Mapping[str, Validate], every:
                 )
         found |= answers
     plain = numbers(found)
-    size = sharing.who()[1]
     if size > 1 and plain:
         together = sharing.summed(torch.tensor(list(plain.values()), dtype=torch.float64)) / size
         plain = dict(zip(plain, together.tolist(), strict=True))
