@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 
 import torch
@@ -80,3 +82,5 @@ if __name__ == "__main__":
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     main()
+    sys.stdout.flush()
+    os._exit(0)  # a thread of the mesh's process groups may abort the interpreter as it ends: torch 2.13 joins it too late
