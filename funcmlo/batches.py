@@ -112,7 +112,7 @@ def _feed(level: Level, batches: Mapping[str, Any], start: int, *, pure: bool, w
     if name not in batches:
         if level.takes_batch:
             raise BatchError(f"level '{name}' takes a batch, but none came: pass batches={{'{name}': …}}.")
-        return lambda t: None
+        return Fixed(None)
     given = batches[name]
     if level.has_constant_batch and given is not None:
         raise BatchError(
@@ -142,7 +142,18 @@ def _feed(level: Level, batches: Mapping[str, Any], start: int, *, pure: bool, w
         return _Sequential(name, given, start)
     if callable(given):
         return _Indexed(given)
-    return lambda t: given
+    return Fixed(given)
+
+
+class Fixed:
+    """A feed that gives the same batch at every step."""
+
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch
+
+    def __call__(self, t: int) -> Any:
+        """Return the batch."""
+        return self._batch
 
 
 class _Indexed:

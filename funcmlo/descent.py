@@ -14,6 +14,7 @@ from funcmlo.batches import forget
 from funcmlo.hypergrad.base import Requires
 from funcmlo.hypergrad.solved import Keep, Standing, held
 from funcmlo.problem import Problem
+from funcmlo.replayed import Steps
 from funcmlo.signature import BUFFERS
 
 
@@ -64,12 +65,15 @@ def descend(
     stays: dict[int, Standing] = {}
     now, seen = problem, list[dict[str, Tree]]()
     slope: Tensor | None = None
+    replayed = None if requires == "trajectory" else Steps.of(problem, (y, s), inputs, steps)
     for t in range(steps):
         if t in keep.before:
             stays[t] = held((y, s), keep.on_cpu)
         if problem.level.carries_buffers:
             seen = [*(seen if requires != "solution" else ()), own_buffers(now.fixed)]
-        if t < steps - 1 or problem.level.has_solver:
+        if t < steps - 1 and replayed is not None:
+            y, s, cost = replayed.update(now, (y, s), inputs, t)
+        elif t < steps - 1 or problem.level.has_solver:
             y, s, cost, aux = now.update(y, s, inputs, t)
         else:
             gradient, cost, aux = now.gradient(y, inputs, t)

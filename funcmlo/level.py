@@ -66,6 +66,9 @@ class Level:
             optimizers stay in the parameters' dtypes. None takes over an autocast that surrounds the call.
         loss_scale: S, under which derivatives too small for float16 are taken: ∇(S · cost) / S, and products of every order
             likewise. With a power of two nothing else changes.
+        replay: whether small inner steps may be recorded and replayed by their operations alone, to the same bits, in place
+            of being written out by Python each time (`fm.replayed(program)` tells). A loss that does anything besides
+            computing with tensors is never replayed.
 
     Raises:
         DefinitionError: a field has no meaning; the message says which and what is expected.
@@ -95,6 +98,7 @@ class Level:
     maximize: bool = False
     autocast: torch.dtype | None = None
     loss_scale: float | None = None
+    replay: bool = True
 
     own_argument: str | None = field(init=False, repr=False)
     """The name of the loss's first argument; None where it only takes `*args`."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcmlo import _diff, _random, _tree
+from funcmlo import _diff, _random, _tracing, _tree, replayed
 from funcmlo._tree import Tree
 from funcmlo.descent import Found, descend
 from funcmlo.hypergrad.base import Requires
@@ -88,6 +88,21 @@ class Replayed:
         return products
 
 
+@dataclass(frozen=True)
+class Retraced:
+    """A trajectory whose steps were replayed; they are run again as they are written where its answer is differentiated."""
+
+    states: tuple[Standing, ...]
+    _pull: replayed.Pull = field(repr=False)
+    _solved: Solved = field(repr=False)
+
+    def pullback(self, cotangent: Tree) -> dict[str, Tree]:
+        """Return (∂y_T/∂input)ᵀ cotangent for every input."""
+        if _tracing.transforming() or _tracing.recording(cotangent):
+            return Replayed(self.states, self._solved).pullback(cotangent)
+        return self._pull(cotangent)
+
+
 def run(
     problem: Problem,
     standing: Standing,
@@ -110,6 +125,12 @@ def run(
         The solved level.
     """
     trajectory: Trajectory | None = None
+    again = replayed.loop(problem, standing, inputs, steps, keep) if requires == "trajectory" else None
+    if again is not None:
+        end, passages = again.states[-1], passed(inputs, (), steps)
+        plain = hand_over(problem, standing, again.states[0], end, passages, inputs, stays=again.stays)
+        solved = replace(plain, trajectory=Retraced(again.states, again.pull, plain))
+        return Run(solved, again.costs, again.aux, {}, _tree.norm(again.gradient))
     if requires == "trajectory" and steps:
         end, found, pullback = _diff.vjp(recorded(problem, standing, steps, keep), [inputs])
         trajectory = Recorded(found.states, pullback)
