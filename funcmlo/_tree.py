@@ -6,13 +6,15 @@ registered classes); `None` is an empty tree. Leaves may differ in shape, dtype 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import optree
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
+
+from funcmlo import _leaves
 
 Tree: TypeAlias = Any
 """A pytree of tensors; the type system cannot say more."""
@@ -118,6 +120,8 @@ def scale(factor: float | Tensor, a: Tree) -> Tree:
 
 def add_scaled(a: Tree, factor: float | Tensor, b: Tree) -> Tree:
     """Return a + factor · b, each leaf in its own dtype and on its own device."""
+    if not isinstance(factor, Tensor):
+        return map(lambda x, y: torch.add(x, y, alpha=factor), a, b)
     return map(lambda x, y: x + _times(factor, y), a, b)
 
 
@@ -137,24 +141,15 @@ def where(condition: Tensor, a: Tree, b: Tree) -> Tree:
 
 
 def dot(a: Tree, b: Tree) -> Tensor:
-    """Return ⟨a, b⟩, a 0-d tensor accumulated in at least float32 on the first leaf's device."""
-    total = torch.zeros((), dtype=precision(a))
-    for x, y in zip(leaves(a), leaves(b), strict=True):
-        total = total.to(x.device)
-        total = total + torch.dot(x.reshape(-1).to(total.dtype), y.reshape(-1).to(total.dtype)).to(total.device)
-    return total
+    """Return ⟨a, b⟩, a 0-d tensor accumulated in at least float32 on the last leaf's device."""
+    xs = leaves(a)
+    return _leaves.dot(xs, leaves(b), _widest(xs))
 
 
 def norm(a: Tree) -> Tensor:
-    """Return ‖a‖, the Euclidean norm over all leaves, a 0-d tensor.
-
-    Squares are summed in float64, so that no float32 entry under- or overflows.
-    """
-    total = torch.zeros((), dtype=precision(a))
-    for x in leaves(a):
-        wide = total.dtype if x.device.type == "mps" else torch.float64  # that device has no float64
-        total = torch.hypot(total.to(x.device), torch.linalg.vector_norm(x, dtype=wide).to(total.dtype))
-    return total
+    """Return ‖a‖, the Euclidean norm over all leaves, a 0-d tensor; no float32 entry under- or overflows."""
+    xs = leaves(a)
+    return _leaves.norm(xs, _widest(xs))
 
 
 def size(a: Tree) -> int:
@@ -164,10 +159,7 @@ def size(a: Tree) -> int:
 
 def precision(a: Tree) -> torch.dtype:
     """Return the dtype in which scalars about this tree are computed: the widest of its leaves, at least float32."""
-    dtype = torch.float32
-    for x in leaves(a):
-        dtype = torch.promote_types(dtype, x.dtype)
-    return dtype
+    return _widest(leaves(a))
 
 
 def coarsest_epsilon(a: Tree) -> float:
@@ -177,11 +169,7 @@ def coarsest_epsilon(a: Tree) -> float:
 
 def finite(tree: Tree) -> Tensor:
     """Return a 0-d flag on the last leaf's device: whether every floating-point tensor of the tree is finite."""
-    flag = torch.ones((), dtype=torch.bool)
-    for x in leaves(tree):
-        if isinstance(x, Tensor) and x.is_floating_point():
-            flag = flag.to(x.device) & torch.isfinite(x).all()
-    return flag
+    return _leaves.finite([x for x in leaves(tree) if isinstance(x, Tensor) and x.is_floating_point()])
 
 
 def is_zero(a: Tree) -> Tensor:
@@ -266,12 +254,23 @@ def _thaw(value: Any) -> Any:
     return dict(content) if kind == "dict" else content
 
 
+def _widest(xs: Sequence[Tensor]) -> torch.dtype:
+    dtype = torch.float32
+    for x in xs:
+        dtype = dtype if x.dtype is dtype else torch.promote_types(dtype, x.dtype)
+    return dtype
+
+
 def _times(factor: float | Tensor, x: Tensor) -> Tensor:
     """Return factor · x in x's dtype, on x's device; multiplied in the wider of the two dtypes, so that 1/ε fits."""
     if not isinstance(factor, Tensor):
         return x * factor
+    if factor.device != x.device:
+        factor = factor.to(x.device)
+    if factor.dtype is x.dtype:
+        return x * factor
     wide = torch.promote_types(factor.dtype, x.dtype)
-    return (x.to(wide) * factor.to(x.device, wide)).to(x.dtype)
+    return (x.to(wide) * factor.to(wide)).to(x.dtype)
 
 
 def _at(path: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcmlo import _tracing, _tree
+from funcmlo import _leaves, _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.assumptions import Assumption
 from funcmlo.errors import DefinitionError, EstimatorError
@@ -290,4 +290,4 @@ def may_stop(active: Tensor) -> bool:
     Returns:
         Whether it is known that there is not.
     """
-    return not _tracing.transforming() and active.device.type == "cpu" and not bool(active)
+    return _leaves.plain((active,)) and not bool(active)

@@ -9,22 +9,25 @@ from torch import Tensor
 
 from funcmlo import _tree
 from funcmlo._tree import Tree
+from funcmlo.linear.arithmetic import Arithmetic, Flag, Scalar
 
 
-def normalized(rhs: Tree) -> tuple[Tree, Tensor, Tensor]:
+def normalized(rhs: Tree, scalars: Arithmetic | None = None) -> tuple[Tree, Scalar, Flag]:
     """Scale a right-hand side to length one.
 
     Args:
         rhs: v.
+        scalars: what is computed with; tensors for None.
 
     Returns:
         v/‖v‖, ‖v‖, and whether there is something to solve; a v whose 1/‖v‖ overflows counts as zero.
     """
-    v_norm = _tree.norm(rhs)
+    m, leaves = scalars or Arithmetic(known=False, dtype=_tree.precision(rhs)), _tree.leaves(rhs)
+    v_norm = m.norm(leaves)
     # A NaN is something to solve too: its answer is NaN.
-    some = ~(v_norm <= torch.finfo(v_norm.dtype).tiny)
-    v = _tree.scale(torch.where(some, 1 / torch.where(some, v_norm, 1), 0), rhs)
-    return v, torch.where(some, v_norm, 0), some
+    some = (v_norm <= m.tiny) ^ True
+    v = _tree.scale(m.where(some, 1 / m.where(some, v_norm, 1), 0), rhs)
+    return v, m.where(some, v_norm, 0), some
 
 
 def damped(product: Callable[[Tree], Tree], damping: float) -> Callable[[Tree], Tree]:
@@ -103,17 +106,19 @@ def attained(product: Callable[[Tree], Tree], v: Tree, x: Tree, residual: Tensor
     return true, met & (true <= max(10 * target, epsilon**0.5))
 
 
-def rayleigh(u: Tree, hu: Tree, length: Tensor) -> Tensor:
+def rayleigh(u: Tree, hu: Tree, length: Scalar, scalars: Arithmetic | None = None) -> Scalar:
     """Return ⟨u, Hu⟩ / ⟨u, u⟩, also where ⟨u, u⟩ under- or overflows; 0 for u = 0.
 
     Args:
         u: a vector.
         hu: its product.
         length: ‖u‖.
+        scalars: what is computed with; tensors for None.
 
     Returns:
-        A 0-d tensor.
+        A scalar.
     """
-    some = length > torch.finfo(length.dtype).tiny
-    inverse = torch.where(some, 1 / torch.where(some, length, 1), 0)
-    return _tree.dot(_tree.scale(inverse, u), hu) * inverse
+    m = scalars or Arithmetic(known=False, dtype=_tree.precision(u))
+    some = length > m.tiny
+    inverse = m.where(some, 1 / m.where(some, length, 1), 0)
+    return m.dot(_tree.leaves(_tree.scale(inverse, u)), _tree.leaves(hu)) * inverse

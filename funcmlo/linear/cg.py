@@ -10,7 +10,8 @@ import torch
 
 from funcmlo import _tree
 from funcmlo._tree import Tree
-from funcmlo.linear.base import Solution, may_stop
+from funcmlo.linear.arithmetic import Arithmetic, Scalar, Vector
+from funcmlo.linear.base import Solution
 from funcmlo.linear.beginning import begin, damped, normalized, rounding
 from funcmlo.linear.krylov import Krylov
 from funcmlo.operators import Operator
@@ -61,44 +62,57 @@ class CG(Krylov):
         Returns:
             w with its statistics; a zero v gives zero at once.
         """
+        m = Arithmetic.of(rhs, start)
         flatness, target = rounding(rhs), max(self.tol, 2 * _tree.coarsest_epsilon(rhs))
         product = damped(operator, self.damping)
-        r, v_norm, active = normalized(rhs)
-        x = _tree.zeros_like(rhs)
-        if start is not None:
-            x, r = begin(product, r, start)
-        fresh = _tree.norm(x) == 0
-        r_norm = torch.where(active, _tree.norm(r), 0)
-        active = active & (fresh | ~(r_norm <= target))
-        p = z = prepared(r)
-        rz = _tree.dot(r, z)
-        steepest = torch.zeros_like(v_norm)  # the largest ‖Hp‖ / ‖p‖ seen, an estimate of ‖H‖
-        iterations = torch.zeros_like(v_norm, dtype=torch.int64)
-        negative = torch.zeros_like(active)
+        v, v_norm, active = normalized(rhs, m)
+        begun = (_tree.zeros_like(rhs), v) if start is None else begin(product, v, start)
+        (x, spec), r = _tree.flatten(begun[0]), _tree.leaves(begun[1])
+        del v, begun
+
+        def reduced(r: Vector) -> tuple[Vector, Scalar, Scalar]:
+            """M⁻¹r, ⟨r, M⁻¹r⟩ and ‖r‖."""
+            if self.preconditioner is None:
+                square = m.dot(r, r)
+                return list(r), square, square**0.5
+            z = _tree.leaves(prepared(_tree.unflatten(spec, r)))
+            return z, m.dot(r, z), m.norm(r)
+
+        fresh = start is None or m.norm(x) == 0
+        p, rz, length = reduced(r)
+        r_norm = m.where(active, length, 0)
+        active = active & (fresh | ((r_norm <= target) ^ True))
+        steepest = m.fill(0.0, v_norm)  # the largest ‖Hp‖ / ‖p‖ seen, an estimate of ‖H‖
+        iterations, negative = m.fill(0, v_norm, torch.int64), m.fill(False, v_norm, torch.bool)
 
         for k in range(self.iterations):
-            if may_stop(active):
+            if m.over(active):
                 break
-            hp = product(p)
-            curvature, length = _tree.dot(p, hp), _tree.dot(p, p)
-            steepest = torch.maximum(steepest, torch.where(active, _tree.norm(hp) / length.sqrt(), 0))
+            hp = _tree.leaves(product(_tree.unflatten(spec, p)))
+            curvature, length = m.dot(p, hp), m.dot(p, p)
+            steepest = m.larger(steepest, m.where(active, m.ratio(m.norm(hp), length**0.5), 0))
             flat = active & (curvature <= flatness * steepest * length)  # not for NaN, which goes on into x
             if k == 0:
                 first = flat & fresh
                 iterations = iterations + first
-                x, r = _tree.where(first, p, x), _tree.where(first, _tree.subtract(r, hp), r)
-                r_norm = torch.where(first, _tree.norm(r), r_norm)
-            negative, active = negative | flat, active & ~flat
+                x, r = m.choose(first, p, x), m.choose(first, _tree.subtract(r, hp), r)
+                r_norm = m.where(first, m.norm(r), r_norm)
+            negative, active = negative | flat, active & (flat ^ True)
+            if m.over(active):
+                break
 
-            alpha = torch.where(active, rz / torch.where(active, curvature, 1), 0)
-            x, r = _tree.add_scaled(x, alpha, p), _tree.add_scaled(r, -alpha, hp)
+            alpha = m.where(active, m.ratio(rz, m.where(active, curvature, 1)), 0)
+            x, r = m.add_scaled(x, alpha, p, into=x), m.add_scaled(r, -alpha, hp, into=r)
+            del hp  # x, r and p alone are held through a product
             iterations = iterations + active
-            r_norm = torch.where(active, _tree.norm(r), r_norm)
-            z = prepared(r)
-            rz_new = _tree.dot(r, z)
-            beta = torch.where(active, rz_new / torch.where(active, rz, 1), 0)
-            p, rz = _tree.add_scaled(z, beta, p), rz_new
+            z, rz_new, length = reduced(r)
+            r_norm = m.where(active, length, r_norm)
+            beta = m.where(active, m.ratio(rz_new, m.where(active, rz, 1)), 0)
+            p, rz = m.add_scaled(z, beta, p, into=p), rz_new
+            del z
             active = active & (r_norm > target)
 
-        w = _tree.scale(v_norm, x)
-        return Solution(w, iterations, r_norm, (r_norm <= target) & ~negative, negative, carry=w)
+        del p, r
+        w = _tree.unflatten(spec, m.scale(v_norm, x))
+        converged = (r_norm <= target) & (negative ^ True)
+        return Solution(w, m.told(iterations), m.told(r_norm), m.told(converged), m.told(negative), carry=w)

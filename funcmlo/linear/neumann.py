@@ -12,7 +12,8 @@ from torch import Tensor
 from funcmlo import _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.errors import DefinitionError, EstimatorError, FuncmloWarning
-from funcmlo.linear.base import LinearSolver, Solution, may_stop
+from funcmlo.linear.arithmetic import Arithmetic
+from funcmlo.linear.base import LinearSolver, Solution
 from funcmlo.linear.beginning import rayleigh, rounding
 from funcmlo.linear.checks import check_iterations, check_not_negative, check_seed, is_positive
 from funcmlo.operators import Operator
@@ -116,28 +117,33 @@ class Neumann(LinearSolver):
             w with its statistics.
         """
         del start
-        epsilon, alpha, term = _tree.coarsest_epsilon(rhs), prepared, rhs
-        v_norm = length = _tree.norm(rhs)
-        divisor = torch.where(v_norm > 0, v_norm, 1)
+        m = Arithmetic.of(rhs)
+        epsilon, alpha = _tree.coarsest_epsilon(rhs), m.taken(prepared)
+        term, spec = _tree.flatten(rhs)
+        v_norm = length = m.norm(term)
+        divisor = m.where(v_norm > 0, v_norm, 1)
         # A zero v is summed too, so that a product that is NaN there is seen.
-        total, active = rhs, torch.ones_like(v_norm, dtype=torch.bool)
-        iterations, residual = torch.zeros_like(v_norm, dtype=torch.int64), length / divisor
-        least, largest = torch.zeros_like(v_norm), torch.zeros_like(v_norm)  # of the quotients, times α
+        total, active = term, m.fill(True, v_norm, torch.bool)
+        iterations, residual = m.fill(0, v_norm, torch.int64), length / divisor
+        least = largest = m.fill(0.0, v_norm)  # of the quotients, times α
 
         for _ in range(self.iterations):
-            if may_stop(active):
+            if m.over(active):
                 break
-            product = operator(term)
+            product = _tree.leaves(operator(_tree.unflatten(spec, term)))
             if operator.symmetric:
                 # A term that has shrunk to rounding says nothing of H; a mode that grows will be seen when it has.
                 telling = active & (length > epsilon**0.5 * divisor)
-                quotient = torch.where(telling, alpha * rayleigh(term, product, length), 0)
-                least, largest = torch.minimum(least, quotient), torch.maximum(largest, quotient)
-            term = _tree.add_scaled(term, -alpha, product)
-            length = _tree.norm(term)
-            residual = torch.where(active, length / divisor, residual)
-            active = active & ~(residual > 1 / epsilon)  # not for NaN, which goes on into the sum
-            total = _tree.where(active, _tree.add(total, term), total)
+                quotient = m.where(telling, alpha * rayleigh(term, product, length, m), 0)
+                least, largest = m.smaller(least, quotient), m.larger(largest, quotient)
+            term = m.add_scaled(term, -alpha, product, into=term)
+            del product
+            length = m.norm(term)
+            residual = m.where(active, length / divisor, residual)
+            active = active & ((residual > 1 / epsilon) ^ True)  # not for NaN, which goes on into the sum
+            if m.over(active):
+                break
+            total = m.choose(active, m.add_scaled(total, 1, term, into=total), total)
             iterations = iterations + active
 
         # What is negative by no more than a product's rounding, on the scale 1/α of H, is not.
@@ -146,11 +152,11 @@ class Neumann(LinearSolver):
             doubt = _divergence(float(least / alpha), float(largest / alpha), float(alpha))
             warnings.warn(doubt, FuncmloWarning, stacklevel=2)
         return Solution(
-            value=_tree.scale(alpha, total),
-            iterations=iterations,
-            residual=residual,
-            converged=residual <= self.tol,
-            negative_curvature=negative,
+            value=_tree.unflatten(spec, m.scale(alpha, total)),
+            iterations=m.told(iterations),
+            residual=m.told(residual),
+            converged=m.told(residual <= self.tol),
+            negative_curvature=m.told(negative),
         )
 
 
