@@ -66,9 +66,15 @@ def descend(
     now, seen = problem, list[dict[str, Tree]]()
     slope: Tensor | None = None
     replayed = None if requires == "trajectory" else Steps.of(problem, (y, s), inputs, steps)
-    for t in range(steps):
+    t = -1
+    while (t := t + 1) < steps:
         if t in keep.before:
             stays[t] = held((y, s), keep.on_cpu)
+        until = min((stop for stop in keep.before if stop > t), default=steps - 1)
+        if replayed is not None and replayed.ready and t < until:
+            y, s, costs[t:until] = replayed.through((y, s), t, until)
+            t = until - 1
+            continue
         if problem.level.carries_buffers:
             seen = [*(seen if requires != "solution" else ()), own_buffers(now.fixed)]
         if t < steps - 1 and replayed is not None:

@@ -42,6 +42,23 @@ class Steps:
         first = layout.flat(problem, standing, 0)
         return None if first is None or recording.refused(first, ()) else Steps(layout, recording)
 
+    @property
+    def ready(self) -> bool:
+        """Whether steps can be replayed one after the other, with nothing asked for between them."""
+        return self._recording.forward is not None and self._layout.batch is None and not self._recording.draws
+
+    def through(self, standing: Standing, first: int, last: int) -> tuple[Tree, Tree, list[Tensor]]:
+        """Make the steps first ≤ t < last; return the new standing and the costs before each."""
+        step, n = self._recording.forward, self._layout.standing.num_leaves
+        assert step is not None
+        z, costs = _tree.leaves(standing), list[Tensor]()
+        with below_autograd():
+            for _ in range(first, last):
+                found, _ = step(*z)
+                z = found[:n]
+                costs.append(found[n])
+        return *_tree.unflatten(self._layout.standing, z), costs
+
     def update(self, problem: Problem, standing: Standing, inputs: dict[str, Tree], t: int) -> tuple[Tree, Tree, Tensor]:
         """Make step t; return the new standing and the cost before it."""
         recording, n = self._recording, self._layout.standing.num_leaves

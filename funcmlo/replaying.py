@@ -247,9 +247,9 @@ class Recording:
         if isinstance(parts, str):
             return Known(parts)
         cotangents = range(layout.varying + layout.fixed, tape.inputs)
-        make, _ = code(parts, layout.varying, cotangents, [place.kind for place in tape.places])
+        make, _ = code(parts, layout.varying, cotangents, [kind(x) for x in tape.tensors])
         closed = {n: weakref.ref(x) for n, x in tape.constants.items()}
-        known = Known(None, replace(tape, constants=dict.fromkeys(tape.constants)), closed, parts, make)
+        known = Known(None, replace(tape, constants=dict.fromkeys(tape.constants), tensors=()), closed, parts, make)
         self._known[self._key] = known
         return known
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from funcmlo.recording.tape import Instruction, Ref, Tape
+from funcmlo.recording.tape import Instruction, Place, Ref, Tape
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,16 +53,17 @@ def split(tape: Tape, varying: int, fixed: int, results: int) -> Parts | str:
     Returns:
         The parts; or the reason why it cannot be replayed.
     """
-    where = tape.storages
+    places = tape.places()
+    where = [place.storage for place in places]
     outside = {*range(varying, varying + fixed), *tape.constants}
-    tape = simplified(tape)
+    tape = simplified(tape, places)
     written = [{where[n] for n in written_by(one)} for one in tape.instructions]
     mutated = set[int]().union(*written)
     if mutated & {where[n] for n in (*range(tape.inputs), *tape.constants)}:
         return "it writes to what it is given"
     invariant, late, early = set(outside), set(range(varying + fixed, tape.inputs)), set(range(varying))
     once, forward, backward = list[Instruction](), list[Instruction](), list[Instruction]()
-    for one in _live(tape, written):
+    for one in _live(tape, written, where):
         taken, given = taken_by(one), given_by(one)
         here = {where[n] for n in (*taken, *given)}
         if not late.isdisjoint(taken):
@@ -89,7 +90,7 @@ _FORM = {"ones_like", "zeros_like", "full_like", "new_zeros", "new_ones", "new_f
 """Operations that look at a tensor's form alone, which is the same at every call."""
 
 
-def simplified(tape: Tape) -> Tape:
+def simplified(tape: Tape, places: Sequence[Place]) -> Tape:
     """Return a tape without operations that give what they take, as `detach` does and a `view` of the same shape.
 
     Where an operation looks at a tensor's form alone, an empty tensor of that form stands in.
@@ -106,8 +107,8 @@ def simplified(tape: Tape) -> Tape:
         one = Instruction(one.operation, renamed(one.args), {k: renamed(x) for k, x in one.kwargs.items()}, one.results)
         source, result = (one.args[0] if one.args else None), one.results
         if isinstance(source, Ref) and isinstance(result, Ref) and not written_by(one):
-            place = tape.places[source.number]
-            if result is source or (place == tape.places[result.number] and taken_by(one) == [source.number]):
+            place = places[source.number]
+            if result is source or (place == places[result.number] and taken_by(one) == [source.number]):
                 same[result.number] = source
                 continue
             if one.operation.overloadpacket.__name__ in _FORM:
@@ -122,16 +123,16 @@ def draws(instruction: Instruction) -> bool:
     return torch.Tag.nondeterministic_seeded in instruction.operation.tags
 
 
-def _live(tape: Tape, written: Sequence[set[int]]) -> list[Instruction]:
+def _live(tape: Tape, written: Sequence[set[int]], where: Sequence[int]) -> list[Instruction]:
     """The instructions that anything comes of: results, memory that a later one reads, or the next random number."""
     needed = {ref.number for ref in tape.outputs if ref is not None}
-    memory = {tape.storages[n] for n in needed}
+    memory = {where[n] for n in needed}
     live = list[Instruction]()
     for one, writes in zip(reversed(tape.instructions), reversed(written), strict=True):
         if draws(one) or needed.intersection(given_by(one)) or writes & memory:
             live.append(one)
             needed.update(taken_by(one))
-            memory.update(tape.storages[n] for n in taken_by(one))
+            memory.update(where[n] for n in taken_by(one))
     return live[::-1]
 
 

@@ -64,8 +64,7 @@ class Tape:
         inputs: how many tensors came in; they have the first numbers.
         constants: the tensors closed over, by number.
         outputs: what went out; None where an output was None.
-        storages: for each number, the key of the memory that it lies in: views share it.
-        places: for each number, where in it.
+        tensors: the tensors themselves, by number, until their places are known.
         wants: the inputs' kinds, which another call's must have.
     """
 
@@ -73,8 +72,7 @@ class Tape:
     inputs: int
     constants: dict[int, Tensor]
     outputs: tuple[Ref | None, ...]
-    storages: tuple[int, ...]
-    places: tuple[Place, ...]
+    tensors: Sequence[Tensor]
     wants: tuple[Kind, ...]
 
     def does_as(self, other: Tape) -> bool:
@@ -82,11 +80,16 @@ class Tape:
         return (
             self.wants == other.wants
             and self.outputs == other.outputs
-            and self.storages == other.storages
             and len(self.instructions) == len(other.instructions)
             and self.constants.keys() == other.constants.keys()
             and all(map(same, self.instructions, other.instructions))
         )
+
+    def places(self) -> list[Place]:
+        """Return where each number's tensor lies."""
+        keys: dict[int, int] = {}
+        storages = [keys.setdefault(x.untyped_storage()._cdata, len(keys)) for x in self.tensors]
+        return [Place(key, x.storage_offset(), kind(x)) for key, x in zip(storages, self.tensors, strict=True)]
 
     def closes_over(self, constants: Mapping[int, Tensor | None]) -> bool:
         """Say whether the tensors closed over are these very ones."""
@@ -133,16 +136,19 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and note it."""
-        kwargs = kwargs or {}
         if self.why is not None:
-            return func(*args, **kwargs)
-        noted_args, noted_kwargs = self._encoded(args), {k: self._encoded(v) for k, v in kwargs.items()}
-        out = func(*args, **kwargs)
-        results = self._result(func, out)
-        if self.why is None:
-            self.instructions.append(Instruction(func, noted_args, noted_kwargs, results))
+            return func(*args, **(kwargs or {}))
+        noted = tuple([self._encoded(x) for x in args])
+        if kwargs:
+            named = {k: self._encoded(x) for k, x in kwargs.items()}
+            out = func(*args, **kwargs)
         else:
+            named, out = {}, func(*args)
+        results = self._result(func, out)
+        self.instructions.append(Instruction(func, noted, named, results))
+        if self.why is not None:
             self._alive.clear()
+            self.instructions.clear()
         return out
 
     def finish(self, outputs: Sequence[Tensor | None]) -> Tape | None:
@@ -152,10 +158,7 @@ class Recorder(TorchDispatchMode):
         if self.why is not None:
             return None
         refs = tuple(None if x is None else self._numbers[id(x)] for x in outputs)
-        keys: dict[int, int] = {}
-        storages = tuple(keys.setdefault(x.untyped_storage()._cdata, len(keys)) for x in self._alive)
-        places = tuple(Place(key, x.storage_offset(), kind(x)) for key, x in zip(storages, self._alive, strict=True))
-        return Tape(tuple(self.instructions), len(self._wants), self.constants, refs, storages, places, self._wants)
+        return Tape(tuple(self.instructions), len(self._wants), self.constants, refs, self._alive, self._wants)
 
     def _number(self, x: Tensor) -> Ref:
         ref = Ref.of(len(self._alive))
@@ -173,7 +176,7 @@ class Recorder(TorchDispatchMode):
                     self.why = f"a {type(value).__name__} takes part"
             return ref
         if isinstance(value, (list, tuple)):
-            return type(value)(map(self._encoded, value)) if type(value) in (list, tuple) else value
+            return type(value)([self._encoded(x) for x in value]) if type(value) in (list, tuple) else value
         return value
 
     def _result(self, func: Any, value: Any) -> Any:
