@@ -34,7 +34,8 @@ def bound(level: Level, feeds: Mapping[str, Feed], state: State, roles: Roles) -
     feed = feeds.get(level.name, no_batch)  # of a level that only begins, no batch is asked
     name = level.name
     tasks, sharing = roles.tasks.get(name), roles.sharing.get(name)
-    return Problem(level, feed, state.seed, state.step[name], buffers(level, state), tasks, sharing=sharing)
+    own = buffers(level, state)
+    return Problem(level, feed, state.seed, state.step[name], own, tasks, sharing=sharing, compiler=roles.compiler)
 
 
 def buffers(level: Level, state: State) -> dict[str, Tree]:

@@ -89,7 +89,7 @@ def descend(
         if requires == "trajectory" or _tracing.transforming() or torch.is_grad_enabled():
             costs.append(cost)
         else:  # side by side: small tensors that stay, one by one, would riddle the heap that the steps work in
-            costs = costs or list(cost.new_empty(steps).unbind())
+            costs += cost.new_empty(steps - len(costs)).unbind()
             costs[t].copy_(cost)
         if requires == "trajectory":
             states.append((y, s))

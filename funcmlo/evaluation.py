@@ -13,6 +13,7 @@ from torch import Tensor
 from funcmlo import _random, _tracing, kernels, precision
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed, Microbatches, examples
+from funcmlo.compiler import Compiler
 from funcmlo.describe import compact
 from funcmlo.errors import BatchError, DefinitionError, listing
 from funcmlo.level import Level
@@ -40,6 +41,7 @@ class Evaluation:
         lane: sets what a task draws apart from what others do.
         sharing: what the processes share of the level, so that the cost is that of all of them together; None for nothing.
         part: which of a batch's microbatches alone is evaluated; None for all.
+        compiler: what compiles the level's steps and products; None for nothing.
     """
 
     level: Level
@@ -51,6 +53,7 @@ class Evaluation:
     lane: int = 0
     sharing: Sharing | None = None
     part: int | None = None
+    compiler: Compiler | None = None
 
     @property
     def has_tasks(self) -> bool:

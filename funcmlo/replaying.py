@@ -41,17 +41,19 @@ class Known:
 
     Attributes:
         why: why its steps are not replayed; None where they are.
-        tape: the tape, without what it closes over.
-        closed: the tensors that it closes over, as long as somebody has them.
+        tape: the tape, without the tensors themselves.
+        closed: the tensors that it closes over, by number, as long as somebody has them.
         parts: the tape's parts.
         make: its code.
+        extra: what the recorded function told besides.
     """
 
     why: str | None
     tape: Tape | None = None
-    closed: Mapping[int, weakref.ref[Tensor]] = field(default_factory=dict)
+    closed: Mapping[int, Callable[[], Tensor | None]] = field(default_factory=dict)
     parts: Parts | None = None
     make: Make | None = None
+    extra: Any = None
 
     def fits(self, tape: Tape) -> bool:
         """Say whether another recording came to the same on the same tensors closed over."""
@@ -69,13 +71,18 @@ def replayable(problem: Problem, steps: int) -> bool:
     """Say whether a loop's steps are of a kind that may be replayed at all."""
     level = problem.level
     return (
-        level.replay
-        and steps >= LEAST
+        (problem.compiler is not None or (level.replay and steps >= LEAST))
+        and steps > 0
         and problem.tasks is None
         and problem.sharing is None
         and not (level.has_solver or level.carries_buffers or level.project or level.autocast or level.loss_scale)
         and not _tracing.transforming()
     )
+
+
+def compiles(problem: Problem) -> bool:
+    """Say whether a level's products may be compiled."""
+    return problem.compiler is not None and replayable(problem, 1)
 
 
 def reason(level: Level) -> str | None:
@@ -92,63 +99,70 @@ def reason(level: Level) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """How what a step takes is laid out flat: standing and batch, which vary, then inputs, which do not.
+    """How what a step takes is laid out flat: what varies from step to step, then what is the same for a loop.
 
     Attributes:
         standing: the structure of (parameters, optimizer state).
-        batch: the structure of the batch; None for one that is the same at every step.
-        inputs: the structure of the inputs.
-        constants: the batch's leaves, with what their kind is in place of tensors.
+        batch: the structure of the batch, if it varies.
+        batch_leaves: its leaves, with what their kind is in place of tensors; None where it does not vary.
+        shared: the structure of what is the same for a loop: the inputs, buffers, a batch that does not vary, and the point
+            at which products are taken.
+        shared_leaves: its leaves, likewise.
         varying: how many tensors standing and batch have.
-        fixed: how many the inputs have.
+        fixed: the tensors of what is the same.
     """
 
     standing: Any
     batch: Any
-    inputs: Any
-    constants: tuple[Any, ...]
+    batch_leaves: tuple[Any, ...] | None
+    shared: Any
+    shared_leaves: tuple[Any, ...]
     varying: int
-    fixed: int
+    fixed: tuple[Tensor, ...]
 
     @staticmethod
-    def of(problem: Problem, standing: Standing, inputs: dict[str, Tree], t: int) -> Layout | None:
-        """Return a step's layout, or None where something in the standing or the inputs is no plain tensor."""
+    def of(problem: Problem, standing: Standing, inputs: dict[str, Tree], point: Tree = None) -> Layout | None:
+        """Return a step's layout, or None where something in it is no plain tensor."""
+        batch, varies = problem.feed(problem.first), not isinstance(problem.feed, Fixed)
         own, structure = _tree.flatten(standing)
-        read, of_inputs = _tree.flatten(inputs)
-        if not all(type(x) in _PLAIN for x in (*own, *read)):
+        some, of_batch = _tree.flatten(batch if varies else None)
+        shared, of_shared = _tree.flatten((inputs, dict(problem.fixed), None if varies else batch, point))
+        if any(type(x) not in _PLAIN for x in own) or any(
+            isinstance(x, Tensor) and type(x) not in _PLAIN for x in (*some, *shared)
+        ):
             return None
-        if isinstance(problem.feed, Fixed):
-            return Layout(structure, None, of_inputs, (), len(own), len(read))
-        batch, of_batch = _tree.flatten(problem.feed(problem.first + t))
-        if any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in batch):
-            return None
-        tensors = sum(isinstance(x, Tensor) for x in batch)
-        return Layout(structure, of_batch, of_inputs, _kinds(batch), len(own) + tensors, len(read))
+        fixed = tuple(x for x in shared if isinstance(x, Tensor))
+        n = len(own) + sum(isinstance(x, Tensor) for x in some)
+        return Layout(structure, of_batch, _kinds(some) if varies else None, of_shared, _kinds(shared), n, fixed)
 
     def flat(self, problem: Problem, standing: Standing, t: int) -> list[Tensor] | None:
         """Return what varies at a step, or None where its batch is another kind of thing."""
         own = _tree.leaves(standing)
-        if self.batch is None:
+        if self.batch_leaves is None:
             return own
         batch, structure = _tree.flatten(problem.feed(problem.first + t))
-        if structure != self.batch or not same(_kinds(batch), self.constants):
+        if structure != self.batch or not same(_kinds(batch), self.batch_leaves):
             return None
         return [*own, *(x for x in batch if isinstance(x, Tensor))]
 
     def whole(self, problem: Problem, tensors: Sequence[Tensor]) -> tuple[Problem, Standing, dict[str, Tree]]:
-        """Return the problem with its batch, the standing and the inputs from what is laid out flat."""
+        """Return the problem with its batch and its buffers, the standing or the point, and the inputs from what is flat."""
         n = self.standing.num_leaves
         standing = _tree.unflatten(self.standing, tensors[:n])
-        inputs = _tree.unflatten(self.inputs, tensors[self.varying : self.varying + self.fixed])
-        if self.batch is not None:
-            rest = iter(tensors[n : self.varying])
-            batch = _tree.unflatten(self.batch, [next(rest) if type(x) is Kind else x for x in self.constants])
-            problem = replace(problem, feed=Fixed(batch))
-        return problem, standing, inputs
+        inputs, fixed, batch, point = _filled(self.shared, self.shared_leaves, tensors[self.varying :])
+        if self.batch_leaves is not None:
+            batch = _filled(self.batch, self.batch_leaves, tensors[n : self.varying])
+        return replace(problem, feed=Fixed(batch), fixed=fixed), standing or point, inputs
 
 
 def _kinds(leaves: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(kind(x) if isinstance(x, Tensor) else x for x in leaves)
+
+
+def _filled(structure: Any, leaves: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
+    """A tree with tensors in the places of their kinds."""
+    rest = iter(tensors)
+    return _tree.unflatten(structure, [next(rest) if type(x) is Kind else x for x in leaves])
 
 
 Tensors = Sequence[Tensor | None]
@@ -162,11 +176,12 @@ The results, the new standing first, depend on no cotangent; the extra is whatev
 class Recording:
     """One loop's recordings, until its steps can be replayed.
 
+    Where the program is compiled, steps are recorded once for all loops; else each loop looks whether they are what they were.
+
     Args:
         problem: the level, bound.
         function: what is recorded of a step; its first results depend on no cotangent.
         layout: how what it takes is laid out.
-        inputs: the parameters of the levels that it reads.
         name: sets recordings of other functions of the level apart.
 
     Attributes:
@@ -177,17 +192,25 @@ class Recording:
         given_up: whether it is not going to be replayed.
     """
 
-    def __init__(self, problem: Problem, function: Function, layout: Layout, inputs: dict[str, Tree], name: str) -> None:
-        self._function, self._layout, self._results = function, layout, 0
-        self._read = _tree.leaves(inputs)
-        self._known = _KNOWN.setdefault(problem.level, {})
-        self._name = name
-        self._key: Any = None
+    def __init__(self, problem: Problem, function: Function, layout: Layout, name: str) -> None:
+        self._function, self._layout, self._name, self._results = function, layout, name, 0
+        self._level, self._compiler = problem.level.name, problem.compiler
+        self._known = _KNOWN.setdefault(problem.level, {}) if self._compiler is None else self._compiler.of(self._level)
         self._before: Tape | None = None
         self.forward: Callable[..., Any] | None = None
         self.backward: Callable[..., Any] | None = None
         self.draws = self.given_up = False
         self.extra: Any = None
+
+    def ready(self, problem: Problem, varying: Sequence[Tensor], cotangents: Sequence[Tensor]) -> bool:
+        """Record, of a step whose results nobody needs, until it can be replayed, and say whether it can."""
+        known = self._known.get(self._called([*varying, *self._layout.fixed, *cotangents]))
+        if known is not None and self._compiler is not None and known.why is None:
+            self.extra = known.extra
+            self._bind(known, {n: x() for n, x in known.closed.items()})
+        while self.forward is None and not self.given_up:
+            self.again(problem, varying, cotangents, 0)
+        return self.forward is not None
 
     def again(self, problem: Problem, varying: Sequence[Tensor], cotangents: Sequence[Tensor], t: int) -> Tensors:
         """Make a step and record it; after that `forward` and `backward` may be there, or `given_up` be set.
@@ -206,64 +229,79 @@ class Recording:
         def flat(*tensors: Tensor) -> Tensors:
             one, standing, inputs = layout.whole(problem, tensors)
             results, products, self.extra = self._function(
-                one, standing, inputs, tensors[layout.varying + layout.fixed :], t
+                one, standing, inputs, tensors[layout.varying + len(layout.fixed) :], t
             )
             self._results = len(results)
             return [*results, *products]
 
-        tensors = [*varying, *self._read, *cotangents]
-        self._key = (self._name, layout.batch is None, tuple(map(kind, tensors)))
-        known = self._known.get(self._key)
+        tensors = [*varying, *layout.fixed, *cotangents]
+        key = self._called(tensors)
+        known, most = self._known.get(key), MOST if self._compiler is None else None
         if known is None:
             with watching() as seen:
-                outputs, tape, why = record(flat, tensors, MOST)
+                outputs, tape, why = record(flat, tensors, most)
             why = why or seen.why
         else:
-            outputs, tape, why = record(flat, tensors, MOST)
-        n = layout.standing.num_leaves
+            outputs, tape, why = record(flat, tensors, most)
+        standing = list(zip(outputs[: layout.standing.num_leaves], tensors, strict=False))
         if tape is None or why is not None:
-            self._give_up(why)
-        elif any(kind(x) != kind(y) for x, y in zip(outputs[:n], tensors, strict=False) if x is not None):
-            self._give_up("its parameters or its optimizer's state change their form")
+            self._give_up(key, why)
+        elif any(x is not None and kind(x) != kind(y) for x, y in standing if self._results > len(standing)):
+            self._give_up(key, "its parameters or its optimizer's state change their form")
         elif known is not None and known.fits(tape):
-            self._bind(tape, known)
+            self._bind(known, tape.constants)
         elif self._before is None:
             self._before = tape
         elif tape.does_as(self._before) and tape.closes_over(self._before.constants):
-            self._bind(tape, known if known is not None and known.does_as(tape) else self._learnt(tape))
+            if known is None or not known.does_as(tape):
+                known = self._known[key] = self._learnt(tape, tensors)
+            if known.why is not None:
+                self._give_up(key, known.why)
+            else:
+                self._bind(known, tape.constants)
         else:
-            self._give_up("two steps came to different operations")
+            self._give_up(key, "two steps came to different operations")
         return outputs[: self._results]
 
     def refused(self, varying: Sequence[Tensor], cotangents: Sequence[Tensor]) -> bool:
         """Say whether it is known already that a step on such tensors is not to be replayed."""
-        kinds = tuple(map(kind, (*varying, *self._read, *cotangents)))
-        known = self._known.get((self._name, self._layout.batch is None, kinds))
+        known = self._known.get(self._called([*varying, *self._layout.fixed, *cotangents]))
         return known is not None and known.why is not None
 
-    def _learnt(self, tape: Tape) -> Known:
-        layout = self._layout
-        parts = split(tape, layout.varying, layout.fixed, self._results)
+    def _called(self, tensors: Sequence[Tensor]) -> Any:
+        return self._name, self._layout.varying, tuple(map(kind, tensors))
+
+    def _learnt(self, tape: Tape, tensors: Sequence[Tensor]) -> Known:
+        varying, fixed = self._layout.varying, len(self._layout.fixed)
+        parts = split(tape, varying, fixed, self._results)
         if isinstance(parts, str):
             return Known(parts)
-        cotangents = range(layout.varying + layout.fixed, tape.inputs)
-        make, _ = code(parts, layout.varying, cotangents, [kind(x) for x in tape.tensors])
-        closed = {n: weakref.ref(x) for n, x in tape.constants.items()}
-        known = Known(None, replace(tape, constants=dict.fromkeys(tape.constants), tensors=()), closed, parts, make)
-        self._known[self._key] = known
-        return known
+        settings = parts, varying, range(varying + fixed, tape.inputs), [kind(x) for x in tape.tensors]
+        make, _ = code(*settings)
+        closed: dict[int, Callable[[], Tensor | None]] = {n: weakref.ref(x) for n, x in tape.constants.items()}
+        if self._compiler is not None:
+            closed = {n: (lambda x=x: x) for n, x in tape.constants.items()}
+            outside = self._outside(parts, tape.constants)
+            made = self._compiler.make(f"{self._level}: {self._name}", settings, make, outside, tensors)
+            if isinstance(made, str):
+                return Known(made)
+            make = made
+        bare = replace(tape, constants=dict.fromkeys(tape.constants), tensors=())
+        return Known(None, bare, closed, parts, make, self.extra)
 
-    def _bind(self, tape: Tape, known: Known) -> None:
-        if known.parts is None or known.make is None:
-            self._give_up(known.why)
-            return
-        first = self._layout.varying
-        outside = [self._read[n - first] if n < tape.inputs else tape.constants[n] for n in known.parts.outside]
+    def _outside(self, parts: Parts, constants: Mapping[int, Any]) -> list[Tensor]:
+        first, fixed = self._layout.varying, self._layout.fixed
+        return [fixed[n - first] if first <= n < first + len(fixed) else constants[n] for n in parts.outside]
+
+    def _bind(self, known: Known, constants: Mapping[int, Any]) -> None:
+        assert known.parts is not None and known.make is not None
         with below_autograd():
-            self.forward, self.backward = known.make(outside)
+            self.forward, self.backward = known.make(self._outside(known.parts, constants))
         self.draws = known.parts.draws
 
-    def _give_up(self, why: str | None) -> None:
+    def _give_up(self, key: Any, why: str | None) -> None:
         self.given_up = True
         if why != PROFILED:
-            self._known[self._key] = Known(why or "its operations could not be recorded")
+            self._known[key] = Known(why or "its operations could not be recorded")
+            if self._compiler is not None:
+                self._compiler.refuse(f"{self._level}: {self._name}", self._known[key].why)

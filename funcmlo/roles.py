@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from funcmlo import _collectives
 from funcmlo._tree import Tree
+from funcmlo.compiler import Compiler
 from funcmlo.describe import compact
 from funcmlo.errors import DefinitionError, listing
 from funcmlo.level import Level
@@ -22,10 +23,12 @@ class Roles:
     Attributes:
         tasks: the levels that have tasks or are evaluated for each task of another.
         sharing: what the processes share of each level.
+        compiler: what compiles their steps and products; None for nothing.
     """
 
     tasks: Mapping[str, Tasks]
     sharing: Mapping[str, Sharing] = field(default_factory=dict)
+    compiler: Compiler | None = None
 
     def who(self) -> tuple[int, int]:
         """Return this process's number and how many work together on the program: (0, 1) for one that shares nothing."""

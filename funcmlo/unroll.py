@@ -243,6 +243,7 @@ def hand_over(
         autocast=problem.level.autocast,
         loss_scale=problem.level.loss_scale,
         sharing=problem.sharing,
+        products=lambda: replayed.products(then(last), end[0], inputs, last),
         seed=_random.step_seed(problem.seed, f"{problem.level.name}.response", problem.first + last),
     )
     return replace(solved, trajectory=Replayed(tuple(states), solved)) if states and steps else solved

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from funcmlo import _diff, _forward, _tree, precision
+from funcmlo import _diff, _forward, _tracing, _tree, precision
 from funcmlo._tree import Tree
 from funcmlo.curvature.base import Body, Curvature
 from funcmlo.curvature.cross import check_loss, difference_quotient, gradient, mixed_difference, mixed_product
@@ -96,6 +96,10 @@ class Hessian(Curvature):
         return body(Operator(matvec, like=y), cotangent, crossed)
 
     def _kept(self, solved: Solved, cotangent: Tree, body: Body, transpose: bool) -> Tree:
+        made = None if solved.products is None or _tracing.recording(cotangent) else solved.products()
+        if made is not None:
+            return body(Operator(made.hessian, like=solved.params), cotangent, lambda w: _tree.negative(made.cross(w)))
+
         def condition(y: Tree, x: dict[str, Tree]) -> tuple[Tree, None]:
             return (gradient(solved, y, x) if solved.condition is None else solved.condition(y, x)), None
 

@@ -60,6 +60,16 @@ class Trajectory(Protocol):
         """Return (∂y_T/∂input)ᵀ cotangent for every input, through all inner steps and the start of the loop."""
 
 
+class SecondProducts(Protocol):
+    """Products of a cost's second derivatives with vectors, at one point."""
+
+    def hessian(self, v: Tree) -> Tree:
+        """Return ∇²_yy g v."""
+
+    def cross(self, v: Tree) -> dict[str, Tree]:
+        """Return ∇²_xy g v for every input."""
+
+
 @dataclass(frozen=True)
 class Closed:
     """A function with the tensors that it closes over laid open, so that they can be handed in as operands.
@@ -125,6 +135,7 @@ class Solved:
         loss_scale: the factor under which reverse passes keep 16-bit derivatives in range; None for none.
         cost_inputs: the inputs that the cost itself reads; the others come in by the start, the optimizer or the projection.
         sharing: what processes share of the level; None for nothing.
+        products: makes compiled products with ∇²_yy g and ∇²_xy g at the solution, or None where there are none.
         seed: an integer that follows from the program's seed, the level and its step, for estimators that draw.
     """
 
@@ -147,6 +158,7 @@ class Solved:
     autocast: torch.dtype | None = None
     loss_scale: float | None = None
     sharing: Sharing | None = None
+    products: Callable[[], SecondProducts | None] | None = field(default=None, repr=False)
 
     def epsilon(self, tree: Tree) -> float:
         """Return the machine epsilon of the cost: of the coarsest dtype among a tree, the inputs and autocast's.

@@ -79,6 +79,10 @@ def split(tape: Tape, varying: int, fixed: int, results: int) -> Parts | str:
             forward.append(one)
     products = tape.outputs[results:]
     needed = {n for one in backward for n in taken_by(one)} | {ref.number for ref in products if ref is not None}
+    for one in reversed(forward):  # a view is made again rather than kept
+        if needed.intersection(given_by(one)) and _is_view(one, where):
+            backward.insert(0, one)
+            needed = needed.difference(given_by(one)).union(taken_by(one))
     if any(ref is not None and ref.number in late for ref in tape.outputs[:results]):
         raise AssertionError("a result of the forward part depends on a cotangent")
     kept = sorted(needed & early)
@@ -88,6 +92,11 @@ def split(tape: Tape, varying: int, fixed: int, results: int) -> Parts | str:
 
 _FORM = {"ones_like", "zeros_like", "full_like", "new_zeros", "new_ones", "new_full"}
 """Operations that look at a tensor's form alone, which is the same at every call."""
+
+
+def _is_view(instruction: Instruction, where: Sequence[int]) -> bool:
+    taken, given = taken_by(instruction), given_by(instruction)
+    return len(taken) == 1 == len(given) and taken != given and where[taken[0]] == where[given[0]]
 
 
 def simplified(tape: Tape, places: Sequence[Place]) -> Tape:

@@ -8,6 +8,7 @@ function closes over.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -119,15 +120,15 @@ class Recorder(TorchDispatchMode):
 
     Args:
         inputs: the tensors that come in, each an object of its own.
-        most: how many scalars all results may have together; past that nothing more is noted.
+        most: how many scalars all results may have together, past which nothing more is noted; None for any number.
     """
 
-    def __init__(self, inputs: Sequence[Tensor], most: int) -> None:
+    def __init__(self, inputs: Sequence[Tensor], most: int | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.instructions: list[Instruction] = []
         self.constants: dict[int, Tensor] = {}
         self.why: str | None = None
-        self._most = most
+        self._most = math.inf if most is None else most
         self._alive: list[Tensor] = []  # by number: while they live, no other tensor has their id
         self._numbers: dict[int, Ref] = {}
         self._wants = tuple(kind(x) for x in inputs)
@@ -197,14 +198,14 @@ class Recorder(TorchDispatchMode):
 
 
 def record(
-    function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor], most: int
+    function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor], most: int | None
 ) -> tuple[Sequence[Tensor | None], Tape | None, str | None]:
     """Call a function and record what it comes to.
 
     Args:
         function: a function of the tensors; what it returns need not be all that the caller gets out of it.
         inputs: the tensors.
-        most: how many scalars all results may have together.
+        most: how many scalars all results may have together; None for any number.
 
     Returns:
         What it returned, the tape, and where there is none the reason.

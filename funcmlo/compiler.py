@@ -1,0 +1,130 @@
+"""What compiles a program's steps and products, and remembers what came of it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcmlo.errors import FuncmloWarning
+from funcmlo.recording.code import Make
+from funcmlo.recording.inductor import compiled
+from funcmlo.recording.tape import below_autograd
+
+DIGITS = 2.0**10
+"""How many machine epsilons a compiled answer may be away from the eager one, relative to the largest entry of a tensor."""
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What came of compiling one function.
+
+    Attributes:
+        name: its level and what it is.
+        seconds: how long it took.
+        difference: the largest difference from the eager answer at first use, in machine epsilons of the largest entry.
+        why: why it is evaluated as it is written; None where it is compiled.
+    """
+
+    name: str
+    seconds: float = 0.0
+    difference: float = 0.0
+    why: str | None = None
+
+    def __str__(self) -> str:
+        """Say it in a line."""
+        if self.why is not None:
+            return f"{self.name}: not compiled, {self.why}"
+        return f"{self.name}: compiled in {self.seconds:.1f} s, within {self.difference:.0f} ε of the eager answer"
+
+
+@dataclass(eq=False)
+class Compiler:
+    """Compiled functions by level, for as long as the program lives.
+
+    Attributes:
+        told: what came of each, in order.
+    """
+
+    told: list[Compilation] = field(default_factory=list)
+    _levels: dict[str, dict[Any, Any]] = field(default_factory=dict)
+
+    def of(self, level: str) -> dict[Any, Any]:
+        """Return what is known of a level's functions, to be added to."""
+        return self._levels.setdefault(level, {})
+
+    def make(
+        self, name: str, settings: tuple[Any, ...], eager: Make, outside: Sequence[Tensor], tensors: Sequence[Tensor]
+    ) -> Make | str:
+        """Compile a divided tape and hold it against what it is compiled from.
+
+        Args:
+            name: what it is.
+            settings: the arguments of `compiled`.
+            eager: the same, by torch's own operations.
+            outside: what its `make` takes.
+            tensors: the tensors that it was recorded on: varying ones, fixed ones, cotangents.
+
+        Returns:
+            The compiled one; or why the eager one is to be used.
+        """
+        parts, varying, cotangents, _ = settings
+        begun = time.perf_counter()
+        why: str | None = None
+        difference = 0.0
+        if parts.draws:
+            why = "it draws random numbers, which compiled code draws in another order"
+        else:
+            try:
+                made = compiled(*settings)
+                given = tensors[:varying], [torch.randn_like(tensors[n]) for n in cotangents]
+                difference = max(map(_apart, _called(made, outside, *given), _called(eager, outside, *given)), default=0.0)
+                if not difference <= DIGITS:
+                    why = f"its answer differs from the eager one by {difference:.0f} machine epsilons of the largest entry"
+            except Exception as error:  # whatever a compiler comes upon: the eager answer is always there
+                why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+        if why is not None:
+            return why
+        self.told.append(Compilation(name, time.perf_counter() - begun, difference))
+        return made
+
+    def refuse(self, name: str, why: str | None) -> None:
+        """Note that a function is evaluated as it is written, and say so once.
+
+        Args:
+            name: what it is.
+            why: the reason.
+        """
+        self.told.append(Compilation(name, why=why))
+        warnings.warn(f"{self.told[-1]}; it runs as it is written.", FuncmloWarning, stacklevel=2)
+
+    def __str__(self) -> str:
+        """List what came of everything so far."""
+        return "\n".join(map(str, self.told)) or "nothing has been compiled yet"
+
+
+def _called(
+    make: Make, outside: Sequence[Tensor], varying: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> list[Tensor | None]:
+    with below_autograd():
+        forward, backward = make(outside)
+        results, kept = forward(*varying)
+        products = backward(kept, *cotangents)
+    return [*results, *products]
+
+
+def _apart(a: Tensor | None, b: Tensor | None) -> float:
+    """How far two tensors are apart, in machine epsilons of the largest entry; two that are not finite alike are not."""
+    if a is None or b is None or not b.is_floating_point():
+        return 0.0 if a is b or (a is not None and b is not None and bool((a == b).all())) else float("inf")
+    if not a.numel():
+        return 0.0
+    largest = b.abs().max().clamp(min=torch.finfo(b.dtype).tiny)
+    return float((a - b).abs().max() / largest / torch.finfo(b.dtype).eps)
+
+
