@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PEERS := .venv/.peers
 
-.PHONY: help demo peers test test-thorough bench bench-memory bench-long bench-warm bench-run lint clean
+.PHONY: help demo peers test test-thorough bench bench-memory bench-long bench-warm bench-run bench-peers lint clean
 
 help:  ## Say what can be made.
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -12,9 +13,7 @@ demo: $(INSTALLED)  ## Clean a noisy real data set by bilevel optimization (unde
 	@echo "==> cleaning scikit-learn's digits, half of whose training labels are made wrong"
 	$(BIN)/python -m paper_repro run hypercleaning --preset cpu --seeds 3 --out results/demo
 
-peers: $(INSTALLED)  ## Install the peer libraries and hold their hypergradients against known answers (minutes).
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --ignore-requires-python \
-	  -r paper_repro/peers_correctness/requirements.txt
+peers: $(PEERS)  ## Install the peer libraries and hold their hypergradients against known answers (minutes).
 	$(BIN)/python -m paper_repro run peers-correctness --seeds 3
 
 test: $(INSTALLED)  ## Run the tests and the examples of the docstrings and the pages.
@@ -39,6 +38,9 @@ bench-warm: $(INSTALLED)  ## Print what warm-started linear solves save on a rea
 bench-run: $(INSTALLED)  ## Measure what the run loop costs, and that thousands of steps leak nothing (minutes).
 	$(BIN)/python -m tests.benchmarks.run_loop
 
+bench-peers: $(PEERS)  ## Install the peer libraries and time every hypergradient beside theirs (about twenty minutes).
+	$(BIN)/python -m paper_repro run peers --preset cpu --out results/peers/cpu
+
 lint: $(INSTALLED)  ## Check style, docstrings and types.
 	@echo "==> ruff and mypy"
 	$(BIN)/ruff check .
@@ -56,3 +58,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  $(PYTHON) -m pip install --quiet --user virtualenv && $(PYTHON) -m virtualenv --quiet .venv; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,paper,kfac,compare,loggers]'
 	@touch $(INSTALLED)
+
+$(PEERS): $(INSTALLED) paper_repro/peers_correctness/requirements.txt
+	@echo "==> installing the peer libraries"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --ignore-requires-python \
+	  -r paper_repro/peers_correctness/requirements.txt
+	@touch $(PEERS)

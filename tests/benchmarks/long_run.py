@@ -12,7 +12,8 @@ import json
 import time
 from typing import Any
 
-from tests.benchmarks.memory import MB, apart, fresh, problem, resident
+from paper_repro.peak import resident
+from tests.benchmarks.memory import MB, apart, fresh, problem
 
 LIMIT = 2e9
 """Bytes that a process may take."""

@@ -9,8 +9,6 @@ child's ru_maxrss, which begins at its parent's. Seconds are of the processor, o
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
 import json
 import math
 import os
@@ -23,16 +21,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from paper_repro import peak
+from paper_repro.peak import reset_peak, resident
+
 ROOT = Path(__file__).parents[2]
-QUIET = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "OMP_NUM_THREADS": "1",
-    # What is freed goes back to the system at once. Else glibc raises its threshold with every large block that is freed
-    # and keeps up to twice that at the heap's top, and the peak tells of the allocator's history and not of what is held.
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "131072",
-}
+QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", **peak.QUIET}
 MB = 1e6
 
 MODES = {
@@ -93,20 +86,6 @@ class Measured:
 def apart(a: Sequence[float], b: Sequence[float]) -> float:
     """The largest difference, relative to the largest entry."""
     return max(abs(x - y) for x, y in zip(a, b, strict=True)) / max(map(abs, b))
-
-
-def resident(field: str) -> int:
-    """Return VmHWM, the peak, or VmRSS of this process, in bytes."""
-    line = next(x for x in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def reset_peak() -> int:
-    """Let VmHWM begin again where memory stands, if the system permits it, and return it."""
-    gc.collect()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    return resident("VmHWM")
 
 
 def fresh(module: str, arguments: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
