@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from funcmlo._hiding import hidden
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _FEW = 2**14  # entries for which a pass in float64 costs no more than a dispatch
@@ -21,6 +23,7 @@ def plain(xs: Sequence[Tensor]) -> bool:
     """Say whether tensors are ordinary ones on the CPU and nothing traces them, so that looking at values is free."""
     return (
         torch._C._functorch.peek_interpreter_stack() is None
+        and not hidden()
         and forward_ad._current_level < 0
         and torch._C._get_dispatch_mode(_PROXY) is None
         and not torch.compiler.is_compiling()

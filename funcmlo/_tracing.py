@@ -14,12 +14,18 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 from funcmlo import _tree
+from funcmlo._hiding import hidden
 from funcmlo._tree import Tree
 
 
 def transforming() -> bool:
     """Say whether a torch.func transform (grad, vjp, jvp, vmap) or forward mode is active: values may be traced."""
     return torch._C._functorch.peek_interpreter_stack() is not None or _forward_mode()
+
+
+def unreadable() -> bool:
+    """Say whether values cannot be looked at: a transform is active, or the call is being captured as a whole."""
+    return transforming() or hidden()
 
 
 def differentiating() -> bool:

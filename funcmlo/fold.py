@@ -50,7 +50,7 @@ class Folded:
 
     def plain_stats(self) -> dict[str, Stats | Mapping[str, Any]]:
         """Return the stats with Python numbers in place of 0-d tensors, wherever values can be read."""
-        if _tracing.transforming():
+        if _tracing.unreadable():
             return self.stats
         return {name: stats.plain() if isinstance(stats, Stats) else stats for name, stats in self.stats.items()}
 

@@ -275,7 +275,7 @@ class Walk:
         """Keep what the metrics and the check of finiteness need, and nothing that holds a loop's memory."""
         slope = slope if folded is None else _tree.norm(folded.gradient)
         self.outcomes[name] = Outcome(costs, aux, folded, slope, extent)
-        if _tracing.transforming():
+        if _tracing.unreadable():
             return
         moved = None if params is None else _tree.finite(params)
         if folded is None:

@@ -82,7 +82,7 @@ class Multilevel:
         """
         return self._plan.schedule
 
-    def compile(self) -> Multilevel:
+    def compile(self, *, unroll: Literal["step", "whole"] = "step") -> Multilevel:
         """Return a program that does the same with compiled inner steps and products.
 
         Inner steps, the derivatives of ITD's steps and Hessian-vector products become graphs that torch's inductor compiles,

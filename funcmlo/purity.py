@@ -29,7 +29,7 @@ def untouched(
     Raises:
         LossError: a function of the user's changed something in place.
     """
-    if _tracing.transforming() or torch.is_inference_mode_enabled():
+    if _tracing.unreadable() or torch.is_inference_mode_enabled():
         yield
         return
     before = _versions(trees)

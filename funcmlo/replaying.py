@@ -76,7 +76,7 @@ def replayable(problem: Problem, steps: int) -> bool:
         and problem.tasks is None
         and problem.sharing is None
         and not (level.has_solver or level.carries_buffers or level.project or level.autocast or level.loss_scale)
-        and not _tracing.transforming()
+        and not _tracing.unreadable()
     )
 
 

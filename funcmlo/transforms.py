@@ -47,7 +47,7 @@ def positive_inverse(value: Tree) -> Tree:
         >>> positive(positive_inverse(torch.tensor([0.001, 1.0, 100.0])))
         tensor([1.0000e-03, 1.0000e+00, 1.0000e+02])
     """
-    if not _tracing.transforming() and not all(bool((v > 0).all()) for v in _tree.leaves(value)):
+    if not _tracing.unreadable() and not all(bool((v > 0).all()) for v in _tree.leaves(value)):
         raise ParameterError("positive_inverse: an entry is not positive, and positive(raw) always is; expected values > 0.")
     return _tree.map(_inverse, value)
 

@@ -240,7 +240,7 @@ class Prepared:
         value, rest = found[: len(flat)], iter(found[len(flat) :])
         residual, converged, negative = (None if absent else next(rest) for absent in shapes[-1])
         block = Solution(_tree.unflatten(spec, value), next(rest), residual, converged, negative, counts[-1])
-        if self.solver.throw and converged is not None and not _tracing.transforming() and not bool(converged.all()):
+        if self.solver.throw and converged is not None and not _tracing.unreadable() and not bool(converged.all()):
             raise EstimatorError(
                 f"{type(self.solver).__name__} did not converge for {int((~converged).sum())} of {len(converged)} columns. "
                 "Allow more iterations, raise tol= or damping=, or take what was found with throw=False."
@@ -267,7 +267,7 @@ def _held(solver: LinearSolver, solution: Solution) -> Solution:
     """The solution, if the solver may return it."""
     if not solver.throw or solution.converged is None:
         return solution
-    if _tracing.transforming():
+    if _tracing.unreadable():
         factor = torch.where(solution.converged, 1.0, torch.nan)
         value = _tree.map(lambda x: x * factor.to(x.device, x.dtype), solution.value)
         return replace(solution, value=value)

@@ -183,7 +183,7 @@ class KFAC(LinearSolver, Preconditioner):
 
     def _blocks(self, point: Any, params: dict[str, Tensor], inputs: dict[str, Tree]) -> list[Block]:
         """K's blocks at some parameters."""
-        if _tracing.transforming():
+        if _tracing.unreadable():
             raise EstimatorError(
                 "KFAC puts hooks on a module, which torch.func.vmap and forward mode do not bear; use CG(…)."
             )

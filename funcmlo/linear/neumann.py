@@ -148,7 +148,7 @@ class Neumann(LinearSolver):
 
         # What is negative by no more than a product's rounding, on the scale 1/α of H, is not.
         negative = least < -rounding(rhs)
-        if not _tracing.transforming() and bool(negative | (largest >= 2)):
+        if not _tracing.unreadable() and bool(negative | (largest >= 2)):
             doubt = _divergence(float(least / alpha), float(largest / alpha), float(alpha))
             warnings.warn(doubt, FuncmloWarning, stacklevel=2)
         return Solution(
