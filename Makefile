@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo peers test test-thorough bench bench-memory bench-long bench-warm bench-run lint clean
+.PHONY: help demo peers test test-thorough bench bench-memory bench-long bench-warm bench-run bench-large lint clean
 
 help:  ## Say what can be made.
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,9 @@ bench-warm: $(INSTALLED)  ## Print what warm-started linear solves save on a rea
 
 bench-run: $(INSTALLED)  ## Measure what the run loop costs, and that thousands of steps leak nothing (minutes).
 	$(BIN)/python -m tests.benchmarks.run_loop
+
+bench-large: $(INSTALLED)  ## Count the copies that 100 million parameters take (minutes; 6 GB of memory).
+	$(BIN)/python -m tests.benchmarks.large
 
 lint: $(INSTALLED)  ## Check style, docstrings and types.
 	@echo "==> ruff and mypy"
