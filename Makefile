@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PEERS := .venv/.peers
 
-.PHONY: help demo peers test test-thorough bench bench-memory bench-long bench-warm bench-run bench-peers lint clean
+.PHONY: help demo peers test test-thorough bench bench-memory bench-long bench-warm bench-run bench-peers bench-large lint clean
 
 help:  ## Say what can be made.
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,9 @@ bench-run: $(INSTALLED)  ## Measure what the run loop costs, and that thousands 
 
 bench-peers: $(PEERS)  ## Install the peer libraries and time every hypergradient beside theirs (about twenty minutes).
 	$(BIN)/python -m paper_repro run peers --preset cpu --out results/peers/cpu
+
+bench-large: $(INSTALLED)  ## Count the copies that 100 million parameters take (minutes; 6 GB of memory).
+	$(BIN)/python -m tests.benchmarks.large
 
 lint: $(INSTALLED)  ## Check style, docstrings and types.
 	@echo "==> ruff and mypy"

@@ -156,6 +156,11 @@ class Fixed:
         return self._batch
 
 
+def is_fixed(given: Any) -> bool:
+    """Say whether what the user gave for a level is one batch, a tree of tensors, for all its steps."""
+    return not (callable(given) or isinstance(given, (Iterator, DataLoader, Dataset, Shared, Microbatches)))
+
+
 class _Indexed:
     """An indexed source behind a feed: the last batch is kept, because estimators ask for it again and again.
 

@@ -48,9 +48,11 @@ class Compiler:
     """Compiled functions by level, for as long as the program lives.
 
     Attributes:
+        whole: whether calls are compiled as a whole, where they can be.
         told: what came of each, in order.
     """
 
+    whole: bool = False
     told: list[Compilation] = field(default_factory=list)
     _levels: dict[str, dict[Any, Any]] = field(default_factory=dict)
 

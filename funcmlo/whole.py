@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +12,8 @@ from torch import Tensor
 from funcmlo import _tracing, _tree
 from funcmlo._hiding import hiding
 from funcmlo._tree import Tree
-from funcmlo.batches import Fixed, feeds
+from funcmlo.batches import is_fixed
 from funcmlo.compiler import Compiler
-from funcmlo.hypergrad.stats import Stats
 from funcmlo.recording.code import code
 from funcmlo.recording.replay import split
 from funcmlo.recording.tape import below_autograd, kind, record
@@ -53,10 +51,9 @@ def answer(compiler: Compiler, name: str, call: Call, state: State, batches: Map
     Returns:
         The answer; None where the call has to be made as it is written.
     """
-    if _tracing.transforming() or not all(map(_is_fixed, batches.values())):
+    if _tracing.unreadable() or not all(map(is_fixed, batches.values())):
         return None
-    still = replace(state, step={}, seed=0)
-    flat, structure = _tree.flatten((still, dict(batches)))
+    flat, structure = _tree.flatten((replace(state, step={}, seed=0), dict(batches)))
     tensors = [x for x in flat if isinstance(x, Tensor)]
     if any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
         return None
@@ -84,7 +81,7 @@ def _capture(
         rest = iter(given)
         inside, some = _tree.unflatten(structure, [next(rest) if isinstance(x, Tensor) else x for x in flat])
         with hiding():
-            found, whole = _tree.partition(_opened(call(replace(inside, step=state.step, seed=state.seed), some)))
+            found, whole = _tree.partition(call(replace(inside, step=state.step, seed=state.seed), some))
         box.append(whole)
         return list(found)
 
@@ -100,28 +97,7 @@ def _capture(
             if not isinstance(made, str):
                 with below_autograd():
                     forward, _ = made(outside)
-                return Captured(forward, lambda found, whole=box[-1]: _closed(whole(found)))
+                return Captured(forward, box[-1])
             why = made
     compiler.refuse(name, why)
     return None
-
-
-def _is_fixed(batch: Any) -> bool:
-    return isinstance(feed_of(batch), Fixed)
-
-
-def _opened(tree: Any) -> Any:
-    """A tree with dicts in place of stats, which hold tensors and are no trees."""
-    if isinstance(tree, Stats):
-        return _Opened({f.name: getattr(tree, f.name) for f in fields(tree)})
-    if isinstance(tree, dict):
-        return {name: _opened(x) for name, x in tree.items()}
-    return type(tree)(map(_opened, tree)) if type(tree) in (list, tuple) else tree
-
-
-def _closed(tree: Any) -> Any:
-    if isinstance(tree, _Opened):
-        return Stats(**tree).plain()
-    if isinstance(tree, dict):
-        return {name: _closed(x) for name, x in tree.items()}
-    return type(tree)(map(_closed, tree)) if type(tree) in (list, tuple) else tree

@@ -90,6 +90,7 @@ ORDER = [
     "hypergrad.once",
     "curvature.base",
     "curvature.cross",
+    "curvature.weightless",
     "curvature.hessian",
     "curvature.damped",
     "curvature.fixed_point",

@@ -9,6 +9,7 @@ from funcmlo import _diff, _tree
 from funcmlo._tree import Tree
 from funcmlo.errors import EstimatorError
 from funcmlo.hypergrad.solved import Solved
+from funcmlo.linear.arithmetic import Arithmetic, Scalar
 
 
 def mixed_product(solved: Solved, w: Tree) -> dict[str, Tree]:
@@ -48,27 +49,29 @@ def mixed_difference(solved: Solved, w: Tree, scale: float | None = None) -> dic
         _, _, (slope,), _ = _diff.value_and_grads(lambda x: (solved.loss(y, x), None), [solved.inputs])
         return slope
 
-    epsilon = _step(solved, w, scale)
     with torch.no_grad():
+        epsilon = _step(solved, w, scale)
         ahead = gradients(_tree.add_scaled(solved.params, epsilon, w))
         behind = gradients(_tree.add_scaled(solved.params, -epsilon, w))
     products: dict[str, Tree] = difference_quotient(behind, ahead, epsilon)
     return products
 
 
-def difference_quotient(a: Tree, b: Tree, epsilon: Tensor) -> Tree:
+def difference_quotient(a: Tree, b: Tree, epsilon: Scalar) -> Tree:
     """Return (a − b) / 2ε, each leaf in its dtype.
 
     Args:
         a: a tree.
         b: a tree like it.
-        epsilon: ε, a 0-d tensor.
+        epsilon: ε.
 
     Returns:
         A tree like a.
     """
 
     def quotient(p: Tensor, q: Tensor) -> Tensor:
+        if not isinstance(epsilon, Tensor):
+            return torch.mul(p - q, 0.5 / epsilon)
         wide = torch.promote_types(p.dtype, epsilon.dtype)  # 1/2ε may be beyond half precision
         return ((p.to(wide) - q.to(wide)) * (0.5 / epsilon.to(p.device))).to(p.dtype)
 
@@ -104,12 +107,12 @@ def check_loss(owner: str, solved: Solved) -> None:
         raise EstimatorError(f"{owner} needs a loss, and a fixed point has none; use AID(GMRES(…)) or ITD().")
 
 
-def _step(solved: Solved, w: Tree, scale: float | None) -> Tensor:
-    """ε, a 0-d tensor; any finite number does for w = 0, where both gradients are the same."""
-    w_norm = _tree.norm(w)
-    if scale is not None:
-        length = torch.full_like(w_norm, scale)
-    else:
+def _step(solved: Solved, w: Tree, scale: float | None) -> Scalar:
+    """ε; any finite number does for w = 0, where both gradients are the same."""
+    m = Arithmetic.of(solved.params, solved.inputs, w)
+    w_norm = m.norm(_tree.leaves(w))
+    length = scale
+    if length is None:
         # The gradients by the inputs are no better than the coarsest leaf that goes into them or comes out.
-        length = solved.epsilon(w) ** 0.5 * (1 + _tree.norm(solved.params))
-    return length / torch.where(w_norm > 0, w_norm, 1)
+        length = solved.epsilon(w) ** 0.5 * (1 + m.norm(_tree.leaves(solved.params)))
+    return length / m.where(w_norm > 0, w_norm, 1)

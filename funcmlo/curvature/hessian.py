@@ -11,6 +11,7 @@ from funcmlo import _diff, _forward, _tracing, _tree, precision
 from funcmlo._tree import Tree
 from funcmlo.curvature.base import Body, Curvature
 from funcmlo.curvature.cross import check_loss, difference_quotient, gradient, mixed_difference, mixed_product
+from funcmlo.curvature.weightless import weightless
 from funcmlo.errors import DefinitionError
 from funcmlo.hypergrad.solved import Solved
 from funcmlo.operators import Operator, with_transpose
@@ -72,7 +73,9 @@ class Hessian(Curvature):
         y, x = solved.params, solved.inputs
 
         def recompute(u: Tree) -> Tree:
-            return _diff.with_vjp(lambda at: (gradient(solved, at, x), None), [y], lambda _, __, back: back(u)[0])
+            return _diff.with_vjp(
+                lambda at: (weightless(gradient(solved, at, x)), None), [y], lambda _, __, back: back(u)[0]
+            )
 
         def forward(u: Tree) -> Tree:
             return _forward.jvp_of_gradients(lambda at: (solved.loss(at, x), None), [y], 0, u)[0]
@@ -101,7 +104,7 @@ class Hessian(Curvature):
             return body(Operator(made.hessian, like=solved.params), cotangent, lambda w: _tree.negative(made.cross(w)))
 
         def condition(y: Tree, x: dict[str, Tree]) -> tuple[Tree, None]:
-            return (gradient(solved, y, x) if solved.condition is None else solved.condition(y, x)), None
+            return weightless(gradient(solved, y, x) if solved.condition is None else solved.condition(y, x)), None
 
         def opened(value: Tree, extra: Any, pullback: _diff.Pullback) -> Tree:
             del value, extra

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from funcmlo import _tree
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -76,5 +78,11 @@ class Stats:
         numbers: dict[str, Any] = {n: x.item() if not x.dim() else x for n, x in values.items() if isinstance(x, Tensor)}
         return replace(self, **numbers)
 
+
+_tree.register(
+    Stats,
+    children=("iterations", "residual", "converged", "negative_curvature"),
+    constants=("hvps", "gradients", "steps", "replayed", "products"),
+)
 
 _COUNTS = ("hvps", "gradients", "steps", "replayed", "products")
