@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo peers test test-thorough bench bench-memory bench-long bench-warm bench-run lint clean
+.PHONY: help demo peers test test-thorough bench bench-memory bench-long bench-warm bench-run bench-replicas lint clean
 
 help:  ## Say what can be made.
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,9 @@ bench-warm: $(INSTALLED)  ## Print what warm-started linear solves save on a rea
 
 bench-run: $(INSTALLED)  ## Measure what the run loop costs, and that thousands of steps leak nothing (minutes).
 	$(BIN)/python -m tests.benchmarks.run_loop
+
+bench-replicas: $(INSTALLED)  ## Print what 64 copies of a program cost, together, over one (a minute).
+	$(BIN)/python -m tests.benchmarks.replicas
 
 lint: $(INSTALLED)  ## Check style, docstrings and types.
 	@echo "==> ruff and mypy"

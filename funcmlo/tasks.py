@@ -94,6 +94,7 @@ class Tasks:
         reduce: what becomes of the tasks' costs, where the level itself has none.
         first: the number of the first of them, where another process has those before.
         everywhere: how many all processes have together; None for n.
+        called: what they are called in messages.
     """
 
     n: int
@@ -104,6 +105,7 @@ class Tasks:
     reduce: Reduce = "mean"
     first: int = 0
     everywhere: int | None = None
+    called: str = "tasks"
 
     def mine(self, tree: Tree, everything: int) -> Tree:
         """Return this process's tasks out of a tree whose tensors lead with all of them; others stay as they are."""
@@ -156,8 +158,8 @@ class Tasks:
             if isinstance(error, FuncmloError):
                 raise
             raise EstimatorError(
-                f"the tasks cannot be evaluated together by torch.func.vmap ({str(error).splitlines()[0][:200]}); give the "
-                "level chunk=1, which takes one after the other, or look at its loss if the same is said there."
+                f"the {self.called} cannot be evaluated together by torch.func.vmap ({str(error).splitlines()[0][:200]}); "
+                "take chunk=1, which makes one after the other, or look at the loss if the same is said there."
             ) from error
         return tensors, [x.sum(0) for x in summands]
 
@@ -199,7 +201,7 @@ class Tasks:
                 also = f" (or ({self.everywhere}, …), those of all processes)" if self.everywhere else ""
                 raise BatchError(
                     f"level '{level}': a tensor of its batch has shape {tuple(leaf.shape)}; expected ({self.n}, …){also}, a "
-                    f"batch for each of {self.n} tasks, or fm.Shared(batch) for one that all of them see."
+                    f"batch for each of {self.n} {self.called}, or fm.Shared(batch) for one that all of them see."
                 )
             return part.of(leaf)
 

@@ -180,6 +180,7 @@ ORDER = [
     "train.wandb_log",
     "train",
     "multilevel",
+    "replicas",
     "comparing.peak_memory",
     "comparing.substitution",
     "comparing.reference",
