@@ -36,6 +36,7 @@ ORDER = [
     "projections.proximal",
     "projections",
     "_norms",
+    "_mapped",
     "_diff",
     "_forward",
     "operators",
