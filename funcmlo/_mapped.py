@@ -52,7 +52,8 @@ def _binary_cross_entropy(
     pos_weight: Tensor | None = None,
 ) -> Tensor:
     asked = any(x is not None for x in (weight, size_average, reduce, pos_weight))
-    if asked or reduction not in _REDUCTIONS or input.shape != target.shape:
+    half = input.dtype not in (torch.float32, torch.float64)  # which autocast raises
+    if asked or half or reduction not in _REDUCTIONS or input.shape != target.shape:
         return F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
     return _REDUCTIONS[reduction]((1 - target) * input - F.logsigmoid(input))
 

@@ -111,6 +111,7 @@ ORDER = [
     "hypergrad.penalty",
     "hypergrad",
     "solver",
+    "chunks",
     "tasks",
     "state",
     "fields",
