@@ -199,7 +199,7 @@ def run(
     if not problem.has_tasks:
         alone = unroll.run(problem, standing, inputs, steps, requires, keep)
         return Ran(alone.solved, alone.costs, alone.aux, alone.after, alone.slope)
-    problem = _with_chunks(problem, standing, inputs, in_the_open)
+    problem = _with_chunks(problem, standing, inputs, min(steps, 2), in_the_open=in_the_open)
     y, found, pullback = _made(problem, standing, inputs, steps, requires, keep, in_the_open=in_the_open)
     for t in range(steps if requires == "solution" and not problem.level.roll_back else 0):
         forget(problem.feed, problem.first + t)
@@ -241,22 +241,25 @@ def _made(
         return *loop(inputs), None
 
 
-def _with_chunks(problem: Problem, standing: Standing, inputs: dict[str, Tree], in_the_open: bool) -> Problem:
-    """The problem with the number of tasks that it evaluates at once, by measurement if that was asked."""
+def _with_chunks(problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: int, *, in_the_open: bool) -> Problem:
+    """The problem with the number of tasks that it evaluates at once, by measurement if that was asked.
+
+    Two steps are made, since the tasks may stand at one point before the first one.
+    """
     tasks = problem.tasks
     assert tasks is not None
-    if not isinstance(tasks.chunk, Measured) or _tracing.transforming():
+    if not isinstance(tasks.chunk, Measured) or not steps or _tracing.transforming():
         return problem
     leaves = _tree.leaves(standing[0])
     draws: Literal["same", "error"] = "same" if tasks.randomness == "same" else "error"
 
     def attempt(size: int) -> None:
-        """One step of all tasks, and its derivative where the steps are differentiated."""
+        """A step or two of all tasks, and their derivative where the steps are differentiated."""
         tried = replace(problem, tasks=replace(tasks, chunk=size, randomness=draws))
-        y, _, pullback = _made(tried, standing, inputs, 1, "solution", Keep(), in_the_open=in_the_open)
+        y, _, pullback = _made(tried, standing, inputs, steps, "solution", Keep(), in_the_open=in_the_open)
         if pullback is not None:
             pullback(y)
 
-    sizes = tuple((x.shape, x.dtype, x.device) for x in leaves), in_the_open
+    sizes = tuple((x.shape, x.dtype, x.device) for x in leaves), steps, in_the_open
     chunk = tasks.chunk.choose(sizes, tasks.n, attempt, leaves[0].device if leaves else torch.device("cpu"))
     return replace(problem, tasks=replace(tasks, chunk=chunk))
