@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PEERS := .venv/.peers
 
-.PHONY: help demo peers test test-thorough bench bench-memory bench-long bench-warm bench-run bench-peers bench-large lint clean
+.PHONY: help demo peers test test-thorough bench bench-memory bench-long bench-warm bench-run bench-peers bench-large bench-replicas lint clean
 
 help:  ## Say what can be made.
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,6 +43,9 @@ bench-peers: $(PEERS)  ## Install the peer libraries and time every hypergradien
 
 bench-large: $(INSTALLED)  ## Count the copies that 100 million parameters take (minutes; 6 GB of memory).
 	$(BIN)/python -m tests.benchmarks.large
+
+bench-replicas: $(INSTALLED)  ## Print what 64 copies of a program cost, together, over one (a minute).
+	$(BIN)/python -m tests.benchmarks.replicas
 
 lint: $(INSTALLED)  ## Check style, docstrings and types.
 	@echo "==> ruff and mypy"

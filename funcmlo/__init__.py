@@ -56,6 +56,7 @@ from funcmlo.linear import (
 from funcmlo.multilevel import Multilevel
 from funcmlo.operators import Operator
 from funcmlo.probing.outcome import Probe
+from funcmlo.replicas import Replicas
 from funcmlo.schedule import Schedule
 from funcmlo.solver import Solver
 from funcmlo.state import State
@@ -126,6 +127,7 @@ __all__ = [
     "Probe",
     "ProcessError",
     "Processes",
+    "Replicas",
     "Resampled",
     "Schedule",
     "Shared",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from funcmlo.chunks import Measured
 from funcmlo.dependence import Dependence
 from funcmlo.describe import compact
 from funcmlo.errors import DefinitionError, listing, suggest
@@ -65,6 +66,13 @@ def task_roles(levels: Sequence[Level], responding: Mapping[str, frozenset[str]]
     """
     by_name = {level.name: level for level in levels}
     roles: dict[str, Tasks] = {}
+    measured = {level.name: Measured(level.name) for level in levels if level.chunk == "measure"}
+    for name in measured:
+        if responding[name]:
+            raise DefinitionError(
+                f"level '{name}': chunk='measure' times a loop that has no other loop inside, but "
+                f"{listing(map(repr, responding[name]))} run before each of its updates; give a number."
+            )
     for level in levels:
         read = {source: by_name[source] for source in level.reads_levels}
         buffers = {source: by_name[holder(source, level.name)] for source in level.cost_buffers}
@@ -100,7 +108,7 @@ def task_roles(levels: Sequence[Level], responding: Mapping[str, frozenset[str]]
             n=next(iter(numbers.values())),
             own=level.tasks is not None,
             sources=frozenset(sources),
-            chunk=chosen.chunk,
+            chunk=measured.get(chosen.name, chosen.chunk),  # type: ignore[arg-type]
             randomness=chosen.randomness,
             reduce=level.reduce,
         )

@@ -74,8 +74,15 @@ def check_fields(level: Any) -> None:
     precision.check(name, level.autocast, level.loss_scale)
     for what in ("tasks", "chunk"):
         number = getattr(level, what)
-        if number is not None and (isinstance(number, bool) or not isinstance(number, Integral) or number < 1):
-            raise DefinitionError(f"level '{name}': {what}={number!r}; expected an integer of at least 1, or None.")
+        if what == "chunk" and number == "measure":
+            if level.tasks is None:
+                raise DefinitionError(
+                    f"level '{name}': chunk='measure' times the loop of a level with tasks=, which it has not; leave chunk= "
+                    "out, and the level takes over that of the tasks that it reads."
+                )
+        elif number is not None and (isinstance(number, bool) or not isinstance(number, Integral) or number < 1):
+            also = ", 'measure'" if what == "chunk" else ""
+            raise DefinitionError(f"level '{name}': {what}={number!r}; expected an integer of at least 1{also}, or None.")
     if level.randomness not in get_args(Randomness):
         raise DefinitionError(f"level '{name}': randomness={level.randomness!r}; expected 'different' or 'same'.")
     if not (level.reduce is None or level.reduce in ("mean", "sum") or callable(level.reduce)):

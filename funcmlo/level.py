@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torchopt.base import GradientTransformation
@@ -52,7 +52,8 @@ class Level:
         reduce: of a level without tasks whose cost reads one with tasks: what becomes of the tasks' costs, `"mean"`, `"sum"`
             or a function of the tensor of them; None for a loss that sees the stacked parameters itself.
         chunk: how many tasks are evaluated at once, by `torch.func.vmap`; None for all, 1 for one after the other, without
-            a map. A level that is evaluated for each task of another takes that one's, if it says nothing.
+            a map; `"measure"` for the fastest, timed before the level's first loop (numbers then follow from the choice to
+            rounding). A level that is evaluated for each task of another takes that one's, if it says nothing.
         randomness: whether tasks that are mapped together draw `"different"` numbers (others for each chunk size) or the
             `"same"`.
         project: keeps the parameters in a set after each update, or makes it a proximal step: params → params. Its further
@@ -90,7 +91,7 @@ class Level:
     init: Callable[..., Tree] | None = None
     tasks: int | None = None
     reduce: Reduce = "mean"
-    chunk: int | None = None
+    chunk: int | Literal["measure"] | None = None
     randomness: Randomness = "different"
     project: Callable[..., Tree] | None = None
     warmup: int = 0

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from funcmlo import _tracing, _tree
 from funcmlo._tree import Tree
+from funcmlo.chunks import Measured
 from funcmlo.errors import BatchError, EstimatorError, FuncmloError
 
 Randomness = Literal["different", "same"]
@@ -89,21 +90,29 @@ class Tasks:
         n: their number.
         own: whether the level itself has them; else its cost reads a level that has.
         sources: what of the level's reads leads with the task axis: names of levels and buffers.
-        chunk: how many are evaluated together; None for all, 1 for one after the other, without a map.
-        randomness: whether tasks that are mapped together draw different numbers or the same.
+        chunk: how many are evaluated together; None for all, 1 for one after the other, without a map; or what measures it.
+        randomness: whether tasks that are mapped together draw different numbers or the same; or must not draw.
         reduce: what becomes of the tasks' costs, where the level itself has none.
         first: the number of the first of them, where another process has those before.
         everywhere: how many all processes have together; None for n.
+        called: what they are called in messages.
     """
 
     n: int
     own: bool
     sources: frozenset[str]
-    chunk: int | None = None
-    randomness: Randomness = "different"
+    chunk: int | Measured | None = None
+    randomness: Literal["different", "same", "error"] = "different"
     reduce: Reduce = "mean"
     first: int = 0
     everywhere: int | None = None
+    called: str = "tasks"
+
+    @property
+    def at_once(self) -> int:
+        """How many are evaluated together."""
+        chunk = self.chunk.latest if isinstance(self.chunk, Measured) else self.chunk
+        return self.n if chunk is None else chunk
 
     def mine(self, tree: Tree, everything: int) -> Tree:
         """Return this process's tasks out of a tree whose tensors lead with all of them; others stay as they are."""
@@ -119,7 +128,7 @@ class Tasks:
         Returns:
             The first trees stacked along a new first axis, and the second ones added up.
         """
-        chunk = self.n if self.chunk is None else self.chunk
+        chunk = self.at_once
         stacks: list[list[Tensor]] = []
         total: list[Tensor] = []
         rebuild: list[Callable[[list[Tensor]], Tree]] = []
@@ -156,8 +165,8 @@ class Tasks:
             if isinstance(error, FuncmloError):
                 raise
             raise EstimatorError(
-                f"the tasks cannot be evaluated together by torch.func.vmap ({str(error).splitlines()[0][:200]}); give the "
-                "level chunk=1, which takes one after the other, or look at its loss if the same is said there."
+                f"the {self.called} cannot be evaluated together by torch.func.vmap ({str(error).splitlines()[0][:200]}); "
+                "take chunk=1, which makes one after the other, or look at the loss if the same is said there."
             ) from error
         return tensors, [x.sum(0) for x in summands]
 
@@ -199,7 +208,7 @@ class Tasks:
                 also = f" (or ({self.everywhere}, …), those of all processes)" if self.everywhere else ""
                 raise BatchError(
                     f"level '{level}': a tensor of its batch has shape {tuple(leaf.shape)}; expected ({self.n}, …){also}, a "
-                    f"batch for each of {self.n} tasks, or fm.Shared(batch) for one that all of them see."
+                    f"batch for each of {self.n} {self.called}, or fm.Shared(batch) for one that all of them see."
                 )
             return part.of(leaf)
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from funcmlo import _diff, unroll
+from funcmlo import _diff, _tracing, _tree, unroll
 from funcmlo._norms import normalizes
 from funcmlo._tree import Tree
 from funcmlo.batches import forget
+from funcmlo.chunks import Measured
 from funcmlo.descent import Found, descend
 from funcmlo.hypergrad.base import BestResponse, Requires
 from funcmlo.hypergrad.solved import Keep, Solved, Standing
@@ -198,6 +199,31 @@ def run(
     if not problem.has_tasks:
         alone = unroll.run(problem, standing, inputs, steps, requires, keep)
         return Ran(alone.solved, alone.costs, alone.aux, alone.after, alone.slope)
+    problem = _with_chunks(problem, standing, inputs, min(steps, 2), in_the_open=in_the_open)
+    y, found, pullback = _made(problem, standing, inputs, steps, requires, keep, in_the_open=in_the_open)
+    for t in range(steps if requires == "solution" and not problem.level.roll_back else 0):
+        forget(problem.feed, problem.first + t)
+    passages = unroll.passed(inputs, found.seen, steps)
+    begin, end, whole = found.states[0], (y, found.opt_state), None
+    if pullback is not None:
+        trajectory = Recorded(found.states, pullback)
+        whole = unroll.hand_over(problem, standing, begin, end, passages, inputs, trajectory, stays=found.stays)
+    states = found.states if requires == "trajectory" and steps else ()
+    solved = Together(problem, standing, begin, end, passages, inputs, states, found.stays, whole)
+    return Ran(solved, [cost.mean() for cost in found.costs], found.aux, found.after, found.slope)
+
+
+def _made(
+    problem: Problem,
+    standing: Standing,
+    inputs: dict[str, Tree],
+    steps: int,
+    requires: Requires,
+    keep: Keep,
+    *,
+    in_the_open: bool,
+) -> tuple[Tree, Found, _diff.Pullback | None]:
+    """The loop of all tasks; where its graph is good to be walked from outside, with the products by it."""
     tasks = problem.tasks
     assert tasks is not None
 
@@ -209,19 +235,31 @@ def run(
         y, found = tasks.values(one)
         return y, found
 
-    pullback = None
-    if in_the_open and steps and (tasks.chunk == 1 or not _normalizes(problem, standing, inputs)):
-        y, found, pullback = _diff.vjp(loop, [inputs])
-    else:
-        with torch.no_grad():
-            y, found = loop(inputs)
-    for t in range(steps if requires == "solution" and not problem.level.roll_back else 0):
-        forget(problem.feed, problem.first + t)
-    passages = unroll.passed(inputs, found.seen, steps)
-    begin, end, whole = found.states[0], (y, found.opt_state), None
-    if pullback is not None:
-        trajectory = Recorded(found.states, pullback)
-        whole = unroll.hand_over(problem, standing, begin, end, passages, inputs, trajectory, stays=found.stays)
-    states = found.states if requires == "trajectory" and steps else ()
-    solved = Together(problem, standing, begin, end, passages, inputs, states, found.stays, whole)
-    return Ran(solved, [cost.mean() for cost in found.costs], found.aux, found.after, found.slope)
+    if in_the_open and steps and (tasks.at_once == 1 or not _normalizes(problem, standing, inputs)):
+        return _diff.vjp(loop, [inputs])
+    with torch.no_grad():
+        return *loop(inputs), None
+
+
+def _with_chunks(problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: int, *, in_the_open: bool) -> Problem:
+    """The problem with the number of tasks that it evaluates at once, by measurement if that was asked.
+
+    Two steps are made, since the tasks may stand at one point before the first one.
+    """
+    tasks = problem.tasks
+    assert tasks is not None
+    if not isinstance(tasks.chunk, Measured) or not steps or _tracing.transforming():
+        return problem
+    leaves = _tree.leaves(standing[0])
+    draws: Literal["same", "error"] = "same" if tasks.randomness == "same" else "error"
+
+    def attempt(size: int) -> None:
+        """A step or two of all tasks, and their derivative where the steps are differentiated."""
+        tried = replace(problem, tasks=replace(tasks, chunk=size, randomness=draws))
+        y, _, pullback = _made(tried, standing, inputs, steps, "solution", Keep(), in_the_open=in_the_open)
+        if pullback is not None:
+            pullback(y)
+
+    sizes = tuple((x.shape, x.dtype, x.device) for x in leaves), steps, in_the_open
+    chunk = tasks.chunk.choose(sizes, tasks.n, attempt, leaves[0].device if leaves else torch.device("cpu"))
+    return replace(problem, tasks=replace(tasks, chunk=chunk))
