@@ -20,6 +20,10 @@ Tree: TypeAlias = Any
 """A pytree of tensors; the type system cannot say more."""
 
 
+LIBRARY = optree.__name__
+"""The name of the pytree library's module."""
+
+
 def flatten(tree: Tree) -> tuple[list[Any], optree.PyTreeSpec]:
     """Return the leaves and the structure that puts them back together."""
     return optree.tree_flatten(tree)

@@ -48,11 +48,9 @@ class Compiler:
     """Compiled functions by level, for as long as the program lives.
 
     Attributes:
-        whole: whether calls are compiled as a whole, where they can be.
         told: what came of each, in order.
     """
 
-    whole: bool = False
     told: list[Compilation] = field(default_factory=list)
     _levels: dict[str, dict[Any, Any]] = field(default_factory=dict)
 
@@ -128,5 +126,3 @@ def _apart(a: Tensor | None, b: Tensor | None) -> float:
         return 0.0
     largest = b.abs().max().clamp(min=torch.finfo(b.dtype).tiny)
     return float((a - b).abs().max() / largest / torch.finfo(b.dtype).eps)
-
-

@@ -14,7 +14,7 @@ from funcmlo.batches import forget
 from funcmlo.hypergrad.base import Requires
 from funcmlo.hypergrad.solved import Keep, Standing, held
 from funcmlo.problem import Problem
-from funcmlo.replayed import Steps
+from funcmlo.replaying.steps import Steps
 from funcmlo.signature import BUFFERS
 
 

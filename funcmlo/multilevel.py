@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
-from funcmlo import finite, precision
+from funcmlo import calls
 from funcmlo._tree import Tree
 from funcmlo.compiler import Compiler
+from funcmlo.errors import DefinitionError
 from funcmlo.initial import first_state
 from funcmlo.level import Level
-from funcmlo.loops import Walk
-from funcmlo.metrics import metrics_of
-from funcmlo.nested import Nest
 from funcmlo.plan import Composition, Plan
-from funcmlo.purity import untouched
-from funcmlo.schedule import Loop, Schedule
+from funcmlo.schedule import Schedule
 from funcmlo.sharing import Parallel
 from funcmlo.state import State
 from funcmlo.train.callbacks import as_callback
@@ -30,6 +25,7 @@ from funcmlo.train.loop import run
 from funcmlo.train.progress import Progress
 from funcmlo.train.settings import Validate, check_data, checked
 from funcmlo.train.told import Told
+from funcmlo.whole import Whole
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -72,6 +68,7 @@ class Multilevel:
         self._plan = Plan.of(levels, composition, parallel)
         self.levels, self.composition, self.graph = levels, self._plan.composition, self._plan.graph
         self.compiler: Compiler | None = None
+        self._whole: Whole | None = None
         self._plan.warn(stacklevel=2)
 
     def schedule(self) -> Schedule:
@@ -86,13 +83,22 @@ class Multilevel:
         """Return a program that does the same with compiled inner steps and products.
 
         Inner steps, the derivatives of ITD's steps and Hessian-vector products become graphs that torch's inductor compiles,
-        once for each form of parameters and batches, whatever the number of steps. What losses close over is fixed at the
-        first call; parameters, batches and buffers are not. Each compiled function is held against the eager one when it
-        is first used; what differs by more than 2¹⁰ machine epsilons, or cannot be captured, runs as it is written, with a
-        warning that says why.
+        once for each form of parameters and batches, whatever the number of steps. Costs are taken to be pure: what they
+        close over besides parameters, batches and buffers is fixed at the first call. Each compiled function is held against
+        the eager one when it is first used; what differs by more than 2¹⁰ machine epsilons of the largest entry, draws
+        random numbers or cannot be captured runs as it is written, with a warning that says why. So do levels with tasks,
+        a projection, buffers of their own, autocast or an outside solver.
+
+        Args:
+            unroll: `"step"`; or `"whole"`, one graph for all of a call to `step` or `hypergradient`, tasks and projections
+                included, whose compilation takes longer the more inner steps and products there are (seconds to minutes).
+                It needs fixed batches, and falls back to `"step"` where it cannot be had.
 
         Returns:
             The program; `print(program.compiler)` tells what was compiled.
+
+        Raises:
+            DefinitionError: `unroll` is neither.
 
         Example:
             >>> import torch, torchopt, funcmlo as fm
@@ -104,9 +110,12 @@ class Multilevel:
             >>> print(fast.compiler)
             nothing has been compiled yet
         """
+        if unroll not in {"step", "whole"}:
+            raise DefinitionError(f"compile(unroll={unroll!r}): expected 'step' or 'whole'.")
         fast = copy.copy(self)
         fast.compiler = Compiler()
         fast._plan = replace(self._plan, roles=replace(self._plan.roles, compiler=fast.compiler))
+        fast._whole = Whole(self, self._plan, fast.compiler) if unroll == "whole" else None
         return fast
 
     def init(self, params: Mapping[str, Tree], *, buffers: Mapping[str, Tree] | None = None, seed: int = 0) -> State:
@@ -151,15 +160,9 @@ class Multilevel:
         self, state: State, batches: Mapping[str, Any]
     ) -> tuple[State, dict[str, dict[str, Any]], dict[str, float]]:
         """Make one outer step, and tell how long each level took."""
-        work = self._plan.begin(self.graph.levels, state, batches, pure=False)
-        with _unchanged(state, batches), torch.no_grad(), precision.apart():
-            for loop in self._plan.schedule.tops:
-                work.run(loop)
-            if isinstance(work, Walk):
-                work.finish()
-        finite.check(work.events, work.levels, work.roles.apart)
-        metrics = {name: metrics for name in self.graph.levels if (metrics := metrics_of(name, work))}
-        return work.state, metrics, work.clock.seconds
+        if self._whole is not None and (stepped := self._whole.step(state, batches)) is not None:
+            return *stepped, {}
+        return calls.step(self._plan, state, batches)
 
     def hypergradient(
         self, state: State, batches: Mapping[str, Any], *, of: str, solve: bool = True, with_stats: bool = False
@@ -181,16 +184,9 @@ class Multilevel:
         Raises:
             FuncmloError: as for `step`; besides, an iterator is refused.
         """
-        before, own, running = self._plan.ahead(of, solve)
-        solved = [name for name in self.graph.levels if of in self._plan.users[name]]
-        work = self._plan.begin(running | {*solved}, state, batches, pure=True, solve=solve)
-        with _unchanged(state, batches), torch.no_grad(), precision.apart():
-            _advance(work, before)
-            if isinstance(work, Nest):
-                folded = work.hypergradient(of, begin=solve and own.steps > 0)
-            else:
-                folded = work.hypergradient(of, own if solve else None, solved)
-        finite.check(work.events, work.levels, work.roles.apart)
+        if self._whole is not None and (told := self._whole.hypergradient(state, batches, of, solve)) is not None:
+            return told if with_stats else told[0]
+        folded = calls.hypergradient(self._plan, state, batches, of, solve)
         return (folded.gradient, folded.plain_stats()) if with_stats else folded.gradient
 
     def cost(self, state: State, batches: Mapping[str, Any], *, of: str, solve: bool = True) -> Tensor:
@@ -222,18 +218,7 @@ class Multilevel:
             >>> program.cost(program.init({"y": torch.zeros(()), "x": torch.ones(())}), {}, of="x")
             tensor(0.2500)
         """
-        before, own, running = self._plan.ahead(of, solve)
-        work = self._plan.begin(running, state, batches, pure=True, solve=solve)
-        if isinstance(work, Walk):  # nothing is kept of the loops for a derivative that is not taken
-            work.users = {name: [user for user in users if user != of] for name, users in work.users.items()}
-        with _unchanged(state, batches), torch.no_grad(), precision.apart():
-            _advance(work, before)
-            if isinstance(work, Nest):
-                cost = work.cost(of, begin=solve and own.steps > 0)
-            else:
-                cost = work.cost(of, own if solve else None)
-        finite.check(work.events, work.levels, work.roles.apart)
-        return -cost if {level.name: level for level in self.levels}[of].maximize else cost
+        return calls.cost(self._plan, state, batches, of, solve)
 
     def run(
         self,
@@ -316,16 +301,3 @@ class Multilevel:
     def __repr__(self) -> str:
         """List the levels, lowest first."""
         return f"Multilevel({', '.join(self.graph.levels)})"
-
-
-def _advance(work: Walk | Nest, before: Sequence[Loop | str]) -> None:
-    for item in before:
-        work.begin(item) if isinstance(item, str) else work.run(item)
-
-
-def _unchanged(state: State, batches: Mapping[str, Any]) -> AbstractContextManager[None]:
-    watched = {f"the parameters of level '{name}' were": tree for name, tree in state.params.items()}
-    watched |= {f"the buffers of level '{name}' were": tree for name, tree in state.buffers.items()}
-    fixed = {name: batch for name, batch in batches.items() if not (callable(batch) or isinstance(batch, Iterator))}
-    watched |= {f"the batch of level '{name}' was": batch for name, batch in fixed.items()}
-    return untouched(watched, "The numbers that came in are changed now.")

@@ -242,10 +242,8 @@ def _made(
 
 
 def _with_chunks(problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: int, *, in_the_open: bool) -> Problem:
-    """The problem with the number of tasks that it evaluates at once, by measurement if that was asked.
-
-    Two steps are made, since the tasks may stand at one point before the first one.
-    """
+    """The problem with the number of tasks that it evaluates at once, by measurement if that was asked."""
+    # Two steps are made, since the tasks may stand at one point before the first one.
     tasks = problem.tasks
     assert tasks is not None
     if not isinstance(tasks.chunk, Measured) or not steps or _tracing.transforming():

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcmlo import _diff, _random, _tracing, _tree, replayed
+from funcmlo import _diff, _random, _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.descent import Found, descend
 from funcmlo.hypergrad.base import Requires
 from funcmlo.hypergrad.solved import Keep, Parts, Solved, Standing, Trajectory
 from funcmlo.problem import Problem
+from funcmlo.replaying.second import products
+from funcmlo.replaying.trajectory import Pull
+from funcmlo.replaying.trajectory import loop as trajectory_of
 from funcmlo.signature import Call
 
 
@@ -93,7 +96,7 @@ class Retraced:
     """A trajectory whose steps were replayed; they are run again as they are written where its answer is differentiated."""
 
     states: tuple[Standing, ...]
-    _pull: replayed.Pull = field(repr=False)
+    _pull: Pull = field(repr=False)
     _solved: Solved = field(repr=False)
 
     def pullback(self, cotangent: Tree) -> dict[str, Tree]:
@@ -125,7 +128,7 @@ def run(
         The solved level.
     """
     trajectory: Trajectory | None = None
-    again = replayed.loop(problem, standing, inputs, steps, keep) if requires == "trajectory" else None
+    again = trajectory_of(problem, standing, inputs, steps, keep) if requires == "trajectory" else None
     if again is not None:
         end, passages = again.states[-1], passed(inputs, (), steps)
         plain = hand_over(problem, standing, again.states[0], end, passages, inputs, stays=again.stays)
@@ -243,7 +246,7 @@ def hand_over(
         autocast=problem.level.autocast,
         loss_scale=problem.level.loss_scale,
         sharing=problem.sharing,
-        products=lambda: replayed.products(then(last), end[0], inputs, last),
+        products=lambda: products(then(last), end[0], inputs, last),
         seed=_random.step_seed(problem.seed, f"{problem.level.name}.response", problem.first + last),
     )
     return replace(solved, trajectory=Replayed(tuple(states), solved)) if states and steps else solved

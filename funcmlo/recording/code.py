@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,11 +16,11 @@ from funcmlo.recording.tape import Instruction, Kind, Ref
 Make = Callable[[Sequence[Tensor]], tuple[Callable[..., Any], Callable[..., Any]]]
 """make(outside) → (forward, backward): forward(*varying) → (results, kept); backward(kept, *cotangents) → products."""
 
-_DIRECT = {
-    "abs", "add", "addmm", "addmv", "bmm", "clamp_min", "cos", "div", "dot", "exp", "expm1", "log", "log1p", "matmul", "maximum",
-    "minimum", "mm", "mul", "mv", "neg", "reciprocal", "relu", "rsqrt", "sigmoid", "sin", "sqrt", "square", "sub", "sum", "t",
-    "tanh", "where",
-}  # fmt: skip
+_NAMES = (
+    "abs add addmm addmv bmm clamp_min cos div dot exp expm1 log log1p maximum minimum mm mul mv neg reciprocal relu rsqrt "
+    "sigmoid sin sqrt square sub sum t tanh where"
+)
+_DIRECT = frozenset(re.findall(r"\w+", _NAMES))
 """Operations whose function in `torch` takes the same words; it is called at two thirds of the overload's cost."""
 
 _WITH_NUMBER = {"add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor"}

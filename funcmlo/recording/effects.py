@@ -11,6 +11,7 @@ import builtins
 import dis
 import functools
 import math
+import re
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -20,9 +21,13 @@ from typing import Any
 
 import torch
 
-_OURS = frozenset({"torch", "funcmlo", "torchopt", "optree", "einops", "contextlib", "functools", "typing", "collections",
-                   "dataclasses", "enum", "operator", "weakref", "inspect", "warnings", "abc", "math", "numbers", "types",
-                   "_collections_abc", "copy", "hashlib", "itertools", "re", "string", "_weakrefset", "importlib"})
+from funcmlo import _tree
+
+_STANDARD = (
+    "abc _collections_abc collections contextlib copy dataclasses enum functools hashlib importlib inspect itertools math "
+    "numbers operator re string types typing warnings weakref _weakrefset"
+)
+_OURS = frozenset([*re.findall(r"\w+", _STANDARD), "torch", "funcmlo", "torchopt", "einops", _tree.LIBRARY])
 """Top-level modules whose own functions are known to keep to themselves."""
 
 _PURE = frozenset(

@@ -89,10 +89,11 @@ def _built(
     cuda = any(x.is_cuda for x in examples)
     with torch.no_grad(), warnings.catch_warnings(), config.patch({"triton.cudagraphs": cuda, "fallback_random": True}):
         warnings.simplefilter("ignore")
-        function = compile_fx(module, examples)  # type: ignore[no-untyped-call]
+        function: Any = compile_fx(module, examples)
 
     def run(given: list[Tensor]) -> Sequence[Any]:
-        return function(*given)  # type: ignore[no-any-return]
+        found: Sequence[Any] = function(*given)
+        return found
 
     return run
 

@@ -22,7 +22,7 @@ class Ref:
     """The number of a tensor of a tape; one object for each number, so that tapes can be compared."""
 
     __slots__ = ("number",)
-    _made: list[Ref] = []  # noqa: RUF012 - grows with the longest tape
+    _made: list[Ref] = []  # ruff: ignore[mutable-class-default] - grows with the longest tape
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -71,7 +71,7 @@ class Tape:
 
     instructions: tuple[Instruction, ...]
     inputs: int
-    constants: dict[int, Tensor]
+    constants: Mapping[int, Tensor]
     outputs: tuple[Ref | None, ...]
     tensors: Sequence[Tensor]
     wants: tuple[Kind, ...]
@@ -90,7 +90,7 @@ class Tape:
         """Return where each number's tensor lies."""
         keys: dict[int, int] = {}
         storages = [keys.setdefault(x.untyped_storage()._cdata, len(keys)) for x in self.tensors]
-        return [Place(key, x.storage_offset(), kind(x)) for key, x in zip(storages, self.tensors, strict=True)]
+        return [Place(key, int(x.storage_offset()), kind(x)) for key, x in zip(storages, self.tensors, strict=True)]
 
     def closes_over(self, constants: Mapping[int, Tensor | None]) -> bool:
         """Say whether the tensors closed over are these very ones."""

@@ -13,26 +13,24 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funcmlo import _tracing, _tree
+from funcmlo import _tracing
 from funcmlo._tree import Tree
-from funcmlo.batches import Fixed
-from funcmlo.hypergrad.solved import Standing
 from funcmlo.level import Level
 from funcmlo.problem import Problem
-from funcmlo.recording.effects import PROFILED, watching
 from funcmlo.recording.code import Make, code
+from funcmlo.recording.effects import PROFILED, watching
 from funcmlo.recording.replay import Parts, split
-from funcmlo.recording.tape import Tape, Kind, below_autograd, kind, record, same
+from funcmlo.recording.tape import Tape, below_autograd, kind, record
+from funcmlo.replaying.layout import Layout
 
 LEAST, MOST = 4, 2**18
 """The steps from which recording pays, and how many scalars a step may compute."""
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,76 +95,8 @@ def reason(level: Level) -> str | None:
     return next((known.why for known in _KNOWN.get(level, {}).values() if known.why), None)
 
 
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """How what a step takes is laid out flat: what varies from step to step, then what is the same for a loop.
-
-    Attributes:
-        standing: the structure of (parameters, optimizer state).
-        batch: the structure of the batch, if it varies.
-        batch_leaves: its leaves, with what their kind is in place of tensors; None where it does not vary.
-        shared: the structure of what is the same for a loop: the inputs, buffers, a batch that does not vary, and the point
-            at which products are taken.
-        shared_leaves: its leaves, likewise.
-        varying: how many tensors standing and batch have.
-        fixed: the tensors of what is the same.
-    """
-
-    standing: Any
-    batch: Any
-    batch_leaves: tuple[Any, ...] | None
-    shared: Any
-    shared_leaves: tuple[Any, ...]
-    varying: int
-    fixed: tuple[Tensor, ...]
-
-    @staticmethod
-    def of(problem: Problem, standing: Standing, inputs: dict[str, Tree], point: Tree = None) -> Layout | None:
-        """Return a step's layout, or None where something in it is no plain tensor."""
-        batch, varies = problem.feed(problem.first), not isinstance(problem.feed, Fixed)
-        own, structure = _tree.flatten(standing)
-        some, of_batch = _tree.flatten(batch if varies else None)
-        shared, of_shared = _tree.flatten((inputs, dict(problem.fixed), None if varies else batch, point))
-        if any(type(x) not in _PLAIN for x in own) or any(
-            isinstance(x, Tensor) and type(x) not in _PLAIN for x in (*some, *shared)
-        ):
-            return None
-        fixed = tuple(x for x in shared if isinstance(x, Tensor))
-        n = len(own) + sum(isinstance(x, Tensor) for x in some)
-        return Layout(structure, of_batch, _kinds(some) if varies else None, of_shared, _kinds(shared), n, fixed)
-
-    def flat(self, problem: Problem, standing: Standing, t: int) -> list[Tensor] | None:
-        """Return what varies at a step, or None where its batch is another kind of thing."""
-        own = _tree.leaves(standing)
-        if self.batch_leaves is None:
-            return own
-        batch, structure = _tree.flatten(problem.feed(problem.first + t))
-        if structure != self.batch or not same(_kinds(batch), self.batch_leaves):
-            return None
-        return [*own, *(x for x in batch if isinstance(x, Tensor))]
-
-    def whole(self, problem: Problem, tensors: Sequence[Tensor]) -> tuple[Problem, Standing, dict[str, Tree]]:
-        """Return the problem with its batch and its buffers, the standing or the point, and the inputs from what is flat."""
-        n = self.standing.num_leaves
-        standing = _tree.unflatten(self.standing, tensors[:n])
-        inputs, fixed, batch, point = _filled(self.shared, self.shared_leaves, tensors[self.varying :])
-        if self.batch_leaves is not None:
-            batch = _filled(self.batch, self.batch_leaves, tensors[n : self.varying])
-        return replace(problem, feed=Fixed(batch), fixed=fixed), standing or point, inputs
-
-
-def _kinds(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(kind(x) if isinstance(x, Tensor) else x for x in leaves)
-
-
-def _filled(structure: Any, leaves: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
-    """A tree with tensors in the places of their kinds."""
-    rest = iter(tensors)
-    return _tree.unflatten(structure, [next(rest) if type(x) is Kind else x for x in leaves])
-
-
 Tensors = Sequence[Tensor | None]
-Function = Callable[[Problem, Standing, dict[str, Tree], Sequence[Tensor], int], tuple[Tensors, Tensors, Any]]
+Function = Callable[[Problem, Any, dict[str, Tree], Sequence[Tensor], int], tuple[Tensors, Tensors, Any]]
 """function(problem, standing, inputs, cotangents, t) → (results, products, extra): what is recorded of a step.
 
 The results, the new standing first, depend on no cotangent; the extra is whatever else the caller wants to know of it.
@@ -176,7 +106,7 @@ The results, the new standing first, depend on no cotangent; the extra is whatev
 class Recording:
     """One loop's recordings, until its steps can be replayed.
 
-    Where the program is compiled, steps are recorded once for all loops; else each loop looks whether they are what they were.
+    Where the program is compiled, steps are recorded once for all; else each loop looks whether they are what they were.
 
     Args:
         problem: the level, bound.
@@ -280,13 +210,13 @@ class Recording:
         make, _ = code(*settings)
         closed: dict[int, Callable[[], Tensor | None]] = {n: weakref.ref(x) for n, x in tape.constants.items()}
         if self._compiler is not None:
-            closed = {n: (lambda x=x: x) for n, x in tape.constants.items()}
+            closed = {n: partial(_itself, x) for n, x in tape.constants.items()}
             outside = self._outside(parts, tape.constants)
             made = self._compiler.make(f"{self._level}: {self._name}", settings, make, outside, tensors)
             if isinstance(made, str):
                 return Known(made)
             make = made
-        bare = replace(tape, constants=dict.fromkeys(tape.constants), tensors=())
+        bare = replace(tape, constants=dict.fromkeys(tape.constants, torch.empty(0)), tensors=())
         return Known(None, bare, closed, parts, make, self.extra)
 
     def _outside(self, parts: Parts, constants: Mapping[int, Any]) -> list[Tensor]:
@@ -294,7 +224,8 @@ class Recording:
         return [fixed[n - first] if first <= n < first + len(fixed) else constants[n] for n in parts.outside]
 
     def _bind(self, known: Known, constants: Mapping[int, Any]) -> None:
-        assert known.parts is not None and known.make is not None
+        assert known.parts is not None
+        assert known.make is not None
         with below_autograd():
             self.forward, self.backward = known.make(self._outside(known.parts, constants))
         self.draws = known.parts.draws
@@ -305,3 +236,7 @@ class Recording:
             self._known[key] = Known(why or "its operations could not be recorded")
             if self._compiler is not None:
                 self._compiler.refuse(f"{self._level}: {self._name}", self._known[key].why)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,108 @@
+"""A program's calls as they are written: an outer step, a hypergradient, a cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcmlo import finite, precision
+from funcmlo.fold import Folded
+from funcmlo.loops import Walk
+from funcmlo.metrics import metrics_of
+from funcmlo.nested import Nest
+from funcmlo.plan import Plan
+from funcmlo.purity import untouched
+from funcmlo.schedule import Loop
+from funcmlo.state import State
+
+
+def step(plan: Plan, state: State, batches: Mapping[str, Any]) -> tuple[State, dict[str, dict[str, Any]], dict[str, float]]:
+    """Make one outer step; see `Multilevel.step`.
+
+    Args:
+        plan: the program's plan.
+        state: where it stands.
+        batches: by level name.
+
+    Returns:
+        The new state, metrics by level, and how long each level took.
+    """
+    work = plan.begin(plan.graph.levels, state, batches, pure=False)
+    with _unchanged(state, batches), torch.no_grad(), precision.apart():
+        for loop in plan.schedule.tops:
+            work.run(loop)
+        if isinstance(work, Walk):
+            work.finish()
+    finite.check(work.events, work.levels, work.roles.apart)
+    metrics = {name: metrics for name in plan.graph.levels if (metrics := metrics_of(name, work))}
+    return work.state, metrics, work.clock.seconds
+
+
+def hypergradient(plan: Plan, state: State, batches: Mapping[str, Any], of: str, solve: bool) -> Folded:
+    """Return a hypergradient; see `Multilevel.hypergradient`.
+
+    Args:
+        plan: the program's plan.
+        state: where it stands.
+        batches: by level name.
+        of: the level.
+        solve: whether the lower levels make their inner steps first.
+
+    Returns:
+        The hypergradient and what came with it.
+    """
+    before, own, running = plan.ahead(of, solve)
+    solved = [name for name in plan.graph.levels if of in plan.users[name]]
+    work = plan.begin(running | {*solved}, state, batches, pure=True, solve=solve)
+    with _unchanged(state, batches), torch.no_grad(), precision.apart():
+        _advance(work, before)
+        if isinstance(work, Nest):
+            folded = work.hypergradient(of, begin=solve and own.steps > 0)
+        else:
+            folded = work.hypergradient(of, own if solve else None, solved)
+    finite.check(work.events, work.levels, work.roles.apart)
+    return folded
+
+
+def cost(plan: Plan, state: State, batches: Mapping[str, Any], of: str, solve: bool) -> Tensor:
+    """Return a level's cost, with its sign; see `Multilevel.cost`.
+
+    Args:
+        plan: the program's plan.
+        state: where it stands.
+        batches: by level name.
+        of: the level.
+        solve: whether the lower levels make their inner steps first.
+
+    Returns:
+        The cost.
+    """
+    before, own, running = plan.ahead(of, solve)
+    work = plan.begin(running, state, batches, pure=True, solve=solve)
+    if isinstance(work, Walk):  # nothing is kept of the loops for a derivative that is not taken
+        work.users = {name: [user for user in users if user != of] for name, users in work.users.items()}
+    with _unchanged(state, batches), torch.no_grad(), precision.apart():
+        _advance(work, before)
+        if isinstance(work, Nest):
+            value = work.cost(of, begin=solve and own.steps > 0)
+        else:
+            value = work.cost(of, own if solve else None)
+    finite.check(work.events, work.levels, work.roles.apart)
+    return -value if {level.name: level for level in plan.levels}[of].maximize else value
+
+
+def _advance(work: Walk | Nest, before: Sequence[Loop | str]) -> None:
+    for item in before:
+        work.begin(item) if isinstance(item, str) else work.run(item)
+
+
+def _unchanged(state: State, batches: Mapping[str, Any]) -> AbstractContextManager[None]:
+    watched = {f"the parameters of level '{name}' were": tree for name, tree in state.params.items()}
+    watched |= {f"the buffers of level '{name}' were": tree for name, tree in state.buffers.items()}
+    fixed = {name: batch for name, batch in batches.items() if not (callable(batch) or isinstance(batch, Iterator))}
+    watched |= {f"the batch of level '{name}' was": batch for name, batch in fixed.items()}
+    return untouched(watched, "The numbers that came in are changed now.")

@@ -1,0 +1,105 @@
+"""Inner steps that nobody differentiates, replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcmlo import _random, _tree
+from funcmlo._tree import Tree
+from funcmlo.hypergrad.solved import Standing
+from funcmlo.problem import Problem
+from funcmlo.recording.tape import below_autograd
+from funcmlo.replaying.layout import Layout
+from funcmlo.replaying.recording import Recording, Tensors, replayable
+
+
+class Steps:
+    """Steps that nobody differentiates: the first two as they are written, the others replayed where that is possible."""
+
+    def __init__(self, layout: Layout, recording: Recording) -> None:
+        self._layout, self._recording = layout, recording
+
+    @staticmethod
+    def of(problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: int) -> Steps | None:
+        """Return the steps of a loop that begins, or None where they are made one by one, as they are written.
+
+        Args:
+            problem: the level, bound.
+            standing: where the loop begins.
+            inputs: the parameters of the levels that it reads.
+            steps: how many there are.
+        """
+        if torch.is_grad_enabled() or not replayable(problem, steps):
+            return None
+        layout = Layout.of(problem, standing, inputs)
+        if layout is None:
+            return None
+        recording = Recording(problem, _update, layout, "step")
+        first = layout.flat(problem, standing, 0)
+        if first is None or recording.refused(first, ()):
+            return None
+        if problem.compiler is not None and not recording.ready(problem, first, ()):
+            return None
+        return Steps(layout, recording)
+
+    @property
+    def ready(self) -> bool:
+        """Whether steps can be replayed one after the other, with nothing asked for between them."""
+        return self._recording.forward is not None and self._layout.batch_leaves is None and not self._recording.draws
+
+    def through(self, standing: Standing, first: int, last: int) -> tuple[Tree, Tree, list[Tensor]]:
+        """Make the steps first ≤ t < last; return the new standing and the costs before each."""
+        step, n = self._recording.forward, self._layout.standing.num_leaves
+        assert step is not None
+        z, costs = _tree.leaves(standing), list[Tensor]()
+        with below_autograd():
+            for _ in range(first, last):
+                found, _ = step(*z)
+                z = found[:n]
+                costs.append(found[n])
+        return *_tree.unflatten(self._layout.standing, z), costs
+
+    def update(self, problem: Problem, standing: Standing, inputs: dict[str, Tree], t: int) -> tuple[Tree, Tree, Tensor]:
+        """Make step t; return the new standing and the cost before it."""
+        recording, n = self._recording, self._layout.standing.num_leaves
+        flat = None if recording.given_up else self._layout.flat(problem, standing, t)
+        if flat is None:
+            return problem.update(*standing, inputs, t)[:3]
+        if recording.forward is None:
+            found: Sequence[Any] = recording.again(problem, flat, (), t)
+        else:
+            found, _ = forward(recording, problem, flat, t)
+        return *_tree.unflatten(self._layout.standing, found[:n]), found[n]
+
+
+def _update(
+    problem: Problem, standing: Standing, inputs: dict[str, Tree], cotangents: Tensors, t: int
+) -> tuple[Tensors, Tensors, None]:
+    y, s, cost, _ = problem.update(*standing, inputs, t)
+    return [*_tree.leaves((y, s)), cost], cotangents, None
+
+
+def forward(recording: Recording, problem: Problem, flat: Sequence[Tensor], t: int) -> tuple[Sequence[Any], Any]:
+    """Replay a step.
+
+    Args:
+        recording: its level's.
+        problem: the level, bound.
+        flat: what varies.
+        t: the step's number.
+
+    Returns:
+        Its results, and what its way back needs.
+    """
+    assert recording.forward is not None
+    with below_autograd():
+        if recording.draws:
+            with _random.seeded(problem.seed_of("", t)):
+                found, kept = recording.forward(*flat)
+        else:
+            found, kept = recording.forward(*flat)
+    return found, kept
