@@ -199,6 +199,7 @@ def run(
     if not problem.has_tasks:
         alone = unroll.run(problem, standing, inputs, steps, requires, keep)
         return Ran(alone.solved, alone.costs, alone.aux, alone.after, alone.slope)
+    # Two steps are timed: before the first one the tasks may stand at one point, where no map is asked anything.
     problem = _with_chunks(problem, standing, inputs, min(steps, 2), in_the_open=in_the_open)
     y, found, pullback = _made(problem, standing, inputs, steps, requires, keep, in_the_open=in_the_open)
     for t in range(steps if requires == "solution" and not problem.level.roll_back else 0):

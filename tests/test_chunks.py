@@ -57,6 +57,7 @@ def test_the_fastest_is_taken(name: str, clock: Clock) -> None:
     assert measured.choose("sizes", 32, attempt, CPU) == measured.latest == expected
     once = len(tried)
     assert tried[:5] == [1, 1, 2, 8, 32]
+    assert [tried.count(size) for size in (2, 8, 32)] == [3 if size in costs else 1 for size in (2, 8, 32)]
     assert measured.choose("sizes", 32, attempt, CPU) == expected
     assert len(tried) == once  # kept
     costs = dict.fromkeys((1, 2, 8, 32), 1.0)
@@ -69,7 +70,7 @@ def test_the_first_evaluation_and_a_disturbance_do_not_count(clock: Clock) -> No
 
     def attempt(size: int) -> None:
         calls[size] = calls.get(size, 0) + 1
-        clock.now += 100.0 if calls[size] == 2 else {1: 2.0, 4: 1.0}[size]
+        clock.now += 100.0 if calls[size] == 1 else {1: 2.0, 4: 1.0}[size]
 
     assert chunks.Measured("y").choose((), 4, attempt, CPU) == 4
     assert chunks.candidates(1) == [1]
