@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from paper_repro.peers.child import Job
 from paper_repro.peers.contenders import CONTENDERS
 from paper_repro.peers.problem import Problem
 from paper_repro.peers.served import DiedError, Process, processes
-from paper_repro.peers.settings import Settings
+from paper_repro.peers.settings import LEAST, Settings
 from paper_repro.peers.units import model
 from paper_repro.peers.workloads import WORKLOADS
 
@@ -37,10 +38,10 @@ def cell(*, settings: Settings, method: str, seed: int) -> dict[str, Any]:
     asked = {who: CONTENDERS[who].refusal(workload, estimator) for who in ("by-hand", *settings.contenders)}
     outcomes: dict[str, Outcome] = {who: {"skipped": why} for who, why in asked.items() if why is not None}
     jobs = [job(settings, name, estimator, seed, who) for who, why in asked.items() if why is None]
-    with processes([job(settings, name, estimator, seed, "reference")]) as (one,):
-        reference = np.array(one.hear()["gradient"])
-    with processes(jobs) as alive:
-        units = measured(alive, outcomes, reference, settings.rounds)
+    with processes(jobs) as alive:  # they import beside the one that makes the reference
+        with processes([job(settings, name, estimator, seed, "reference")]) as (one,):
+            reference = np.array(one.hear()["gradient"])
+        units = measured(alive, outcomes, reference, settings)
     if settings.memory:
         still = [job for job in jobs if "skipped" not in outcomes[job.contender]]
         with processes(still, quiet=True) as alive:
@@ -61,14 +62,16 @@ def job(settings: Settings, workload: str, estimator: str, seed: int, contender:
     return Job(workload, settings.sizes, seed, estimator, settings.products, contender, settings.threads)
 
 
-def measured(alive: Sequence[Process], outcomes: dict[str, Outcome], reference: np.ndarray, rounds: int) -> dict[str, float]:
+def measured(
+    alive: Sequence[Process], outcomes: dict[str, Outcome], reference: np.ndarray, settings: Settings
+) -> dict[str, float]:
     """Warm the processes up, one after the other, and let them take turns.
 
     Args:
         alive: the processes; by hand first.
         outcomes: takes what comes out.
         reference: the hypergradient in float64.
-        rounds: how many turns each takes.
+        settings: how many turns each takes.
 
     Returns:
         The median seconds of each unit of the cost model, which the first process measures in each round.
@@ -86,7 +89,10 @@ def measured(alive: Sequence[Process], outcomes: dict[str, Outcome], reference: 
             warm = {"first": warm["first"], "error": apart(warm["gradient"], reference), "walls": [], "processors": []}
         outcomes[who] = warm
     units: list[Mapping[str, float]] = []
-    for i in range(rounds):
+    begin = time.perf_counter()
+    for i in range(settings.rounds):
+        if i >= LEAST and time.perf_counter() - begin > settings.seconds:
+            break
         order = list(ready)
         for who in order[i % len(order) :] + order[: i % len(order)]:  # nobody always follows the same one
             process, calls = ready[who]

@@ -112,10 +112,10 @@ class Server:
         begin = time.perf_counter()
         try:
             gradient = flat(self.call()).tolist()
-            first, last, spent, calls = time.perf_counter() - begin, math.inf, 0.0, 0
-            while spent < WARM or calls < 2:
+            first, last, spent = time.perf_counter() - begin, math.inf, 0.0
+            while spent < WARM:
                 last = timed(self.call, 1)[0]
-                spent, calls = spent + last, calls + 1
+                spent += last
         except Exception as error:
             return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
         return {"first": first, "seconds": last, "calls": math.ceil(TURN / last), "gradient": gradient}

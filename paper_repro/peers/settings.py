@@ -6,6 +6,9 @@ from dataclasses import dataclass, fields
 
 from paper_repro.peers.workloads import ESTIMATORS
 
+LEAST = 3
+"""The least number of rounds, whatever they take."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -13,7 +16,8 @@ class Settings:
 
     Attributes:
         sizes: of the workloads, "cpu" or "smoke".
-        rounds: how many turns each contender takes.
+        rounds: how many turns each contender takes at most, and
+        seconds: how long all turns of one hypergradient may take before no further round begins, at least `LEAST`.
         threads: how many threads and cores each process has.
         products: of CG and Neumann.
         itd: whether the differentiated inner steps are measured.
@@ -25,7 +29,8 @@ class Settings:
     """
 
     sizes: str = "cpu"
-    rounds: int = 7
+    rounds: int = 9
+    seconds: float = 60.0
     threads: int = 2
     products: int = 10
     itd: bool = True

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_repro.holder import Holder
 from paper_repro.peers.problem import Params, Problem, costs_of
-from paper_repro.peers_correctness.problem import Holder
 
 betty = importlib.import_module("betty.problems")
 engines = importlib.import_module("betty.engine")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paper_repro.holder import Holder
 from paper_repro.peers.problem import Params, Problem, costs_of, tasks_of
-from paper_repro.peers_correctness.problem import Holder
 
 boat = importlib.import_module("boat_torch")
 

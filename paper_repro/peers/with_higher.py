@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from paper_repro.holder import Holder
 from paper_repro.peers.problem import Params, Problem, costs_of, leaves, tasks_of
-from paper_repro.peers_correctness.problem import Holder
 
 higher = importlib.import_module("higher")
 

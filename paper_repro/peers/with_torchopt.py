@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_repro.holder import Holder
 from paper_repro.peers.problem import Params, Problem, costs_of, leaves, tasks_of
-from paper_repro.peers_correctness.problem import Holder
 
 torchopt = importlib.import_module("torchopt")
 custom_root = importlib.import_module("torchopt.diff.implicit").custom_root

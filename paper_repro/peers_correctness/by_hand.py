@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from paper_repro.holder import Holder
 from paper_repro.peers_correctness.methods import Method
-from paper_repro.peers_correctness.problem import Holder, Params, Question, detached, torch_optimizer
+from paper_repro.peers_correctness.problem import Params, Question, detached, torch_optimizer
 from paper_repro.peers_correctness.reference import flat, like
 
 

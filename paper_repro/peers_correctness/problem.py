@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Params = dict[str, Tensor]
 
@@ -65,20 +65,6 @@ class Question:
     def size(self) -> int:
         """The number of lower parameters."""
         return sum(p.numel() for p in self.start.values())
-
-
-class Holder(nn.Module):
-    """Tensors as a module's parameters, for libraries that patch modules: calling it hands them to a function."""
-
-    def __init__(self, tensors: Params) -> None:
-        super().__init__()
-        self.names = list(tensors)
-        for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor.detach().clone()))
-
-    def forward(self, call: Callable[[Params], Any]) -> Any:
-        """Return `call(parameters)`."""
-        return call({name: getattr(self, name) for name in self.names})
 
 
 def torch_optimizer(question: Question, params: Any) -> torch.optim.Optimizer:

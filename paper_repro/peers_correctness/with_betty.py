@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paper_repro.holder import Holder
 from paper_repro.peers_correctness.methods import Method
-from paper_repro.peers_correctness.problem import Holder, Question, torch_optimizer
+from paper_repro.peers_correctness.problem import Question, torch_optimizer
 
 betty = importlib.import_module("betty.problems")
 engines = importlib.import_module("betty.engine")

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paper_repro.holder import Holder
 from paper_repro.peers_correctness.methods import Method
-from paper_repro.peers_correctness.problem import Holder, Question, torch_optimizer
+from paper_repro.peers_correctness.problem import Question, torch_optimizer
 
 boat = importlib.import_module("boat_torch")
 

@@ -7,8 +7,9 @@ import importlib
 import torch
 from torch import Tensor
 
+from paper_repro.holder import Holder
 from paper_repro.peers_correctness.methods import Method
-from paper_repro.peers_correctness.problem import Holder, Question, torch_optimizer
+from paper_repro.peers_correctness.problem import Question, torch_optimizer
 
 higher = importlib.import_module("higher")
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paper_repro.holder import Holder
 from paper_repro.peers_correctness.methods import Method
-from paper_repro.peers_correctness.problem import Holder, Question, torch_optimizer
+from paper_repro.peers_correctness.problem import Question, torch_optimizer
 
 torchopt = importlib.import_module("torchopt")
 implicit = importlib.import_module("torchopt.diff.implicit")
