@@ -125,7 +125,7 @@ def truth(problem: Cleaning, x: Tensor, start: Params) -> tuple[Tensor, Params]:
     names = list(start)
 
     def params(flat: Tensor) -> Params:
-        parts = flat.split([p.numel() for p in start.values()])
+        parts = torch.split(flat, [p.numel() for p in start.values()])
         return {name: part.view_as(start[name]) for name, part in zip(names, parts, strict=True)}
 
     def slope(x: Tensor, flat: Tensor) -> Tensor:
@@ -142,5 +142,5 @@ def truth(problem: Cleaning, x: Tensor, start: Params) -> tuple[Tensor, Params]:
     else:
         raise FuncmloError(f"the lower problem is not solved after {NEWTON} steps of Newton's; make decay larger.")
     w = torch.linalg.solve(h, torch.func.grad(lambda at: problem.upper(x, params(at)))(flat))
-    _, pullback = torch.func.vjp(lambda x: slope(x, flat), x)
-    return -pullback(w)[0], params(flat)
+    gradient: Tensor = torch.func.grad(lambda x: -(slope(x, flat) @ w))(x)
+    return gradient, params(flat)

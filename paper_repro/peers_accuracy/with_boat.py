@@ -42,6 +42,7 @@ def cg(problem: Cleaning, settings: Settings, knobs: Knobs) -> Answer:
     def answer(x: Tensor, steps: int) -> Tensor:
         with torch.no_grad():
             weights.copy_(x)
+        weights.grad = None  # boat adds to it
         with tempfile.TemporaryDirectory() as folder:
             config: dict[str, Any] = {
                 "fo_op": None,
