@@ -77,24 +77,17 @@ class Memory(NamedTuple):
             The memory; without the pair where its curvature sᵀu is not positive beyond rounding.
         """
         s, u = point - self.point, gradient - self.gradient
-        length = s.norm()
-        scale = 1 / torch.where(length > 0, length, 1)
+        now = self._replace(point=point, gradient=gradient, updates=self.updates + 1)
+        if not (self.updates % steps > 0 and s @ u > 1e-4 * s.norm() * u.norm()):
+            return now
+        scale = 1 / s.norm()
         s, u = scale * s, scale * u
-        kept = (self.updates % steps > 0) & (s @ u > 1e-4 * u.norm())
         moves, changes = torch.cat([self.moves[1:], s[None]]), torch.cat([self.changes[1:], u[None]])
         cross, gram = torch.zeros_like(self.cross), torch.zeros_like(self.gram)
         cross[:-1, :-1], gram[:-1, :-1] = self.cross[1:, 1:], self.gram[1:, 1:]
-        cross[:, -1], gram[:, -1] = moves @ u, changes @ u  # the lower triangle of SUᵀ is not looked at
-        gram[-1] = gram[:, -1]
-        return Memory(
-            moves=torch.where(kept, moves, self.moves),
-            changes=torch.where(kept, changes, self.changes),
-            cross=torch.where(kept, cross, self.cross),
-            gram=torch.where(kept, gram, self.gram),
-            point=point,
-            gradient=gradient,
-            updates=self.updates + 1,
-        )
+        cross[:, -1] = moves @ u  # the lower triangle of SUᵀ is not looked at
+        gram[:, -1] = gram[-1] = changes @ u
+        return now._replace(moves=moves, changes=changes, cross=cross, gram=gram)
 
 
 def quasi_newton(memory: int, steps: int, rate: float) -> GradientTransformation:
