@@ -35,12 +35,12 @@ def draw_figure(path: Path, outcomes: Sequence[Any], settings: Settings) -> Path
     """
     ran = [outcome for outcome in outcomes if outcome.steps]
     with plt.rc_context(FIGURE_STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained", sharey=False)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.2), layout="constrained")
         for outcome in ran:
             look = _look(outcome.contender)
             spent = list(accumulate(outcome.steps))
             left.plot(spent, range(1, len(spent) + 1), label=outcome.contender, markevery=0.17, **look)
-            right.plot(spent, outcome.errors, markevery=0.17, **look)
+            right.plot(outcome.errors, markevery=0.17, **look)
         right.axhline(settings.tolerance, color="0.4", lw=1)
         right.annotate(
             "tolerance",
@@ -50,9 +50,9 @@ def draw_figure(path: Path, outcomes: Sequence[Any], settings: Settings) -> Path
             textcoords="offset points",
         )
         left.set(xscale="log", xlabel="seconds", ylabel="hypergradients delivered", title="along the course")
-        right.set(xscale="log", yscale="log", xlabel="seconds", ylabel="relative error", title="error of each hypergradient")
+        right.set(yscale="log", xlabel="outer step", ylabel="relative error", title="error of each hypergradient")
         if ran:
-            left.legend(frameon=False, loc="upper left", fontsize=9.5)
+            figure.legend(frameon=False, loc="outside right center")
         figure.suptitle(f"Hypergradients within {settings.tolerance:g}: hyper-cleaning of digits", fontweight="bold")
         figure.savefig(path)
         plt.close(figure)

@@ -36,8 +36,8 @@ def summary(outcomes: Sequence[Any], settings: Settings) -> str:
         f"steps: inner steps for each outer step ({settings.begin} times as many in the first one, which starts from zero).",
         "solve: products, terms of the series, or the tolerance of the linear solve.",
         f"seconds, processor: of the whole course, the median of {settings.repeats} runs in turn, each in a fresh process.",
-        "ratio: of processor seconds to those of the fastest torch peer (by-hand included; by-hand-lbfgs, jax-jit and this "
-        "library's rows are not peers).",
+        "ratio: of processor seconds to those of the fastest torch peer (by-hand is one; by-hand-lbfgs, jax-jit and "
+        "this library's rows are none).",
     ]
     return "\n\n".join(parts) + "\n\n" + "\n".join(notes)
 
