@@ -42,13 +42,8 @@ def draw_figure(path: Path, outcomes: Sequence[Any], settings: Settings) -> Path
             left.plot(spent, range(1, len(spent) + 1), label=outcome.contender, markevery=0.17, **look)
             right.plot(outcome.errors, markevery=0.17, **look)
         right.axhline(settings.tolerance, color="0.4", lw=1)
-        right.annotate(
-            "tolerance",
-            (0, settings.tolerance),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 3),
-            textcoords="offset points",
-        )
+        place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "xytext": (-4, 4), "textcoords": "offset points"}
+        right.annotate("tolerance", (1, settings.tolerance), ha="right", **place)
         left.set(xscale="log", xlabel="seconds", ylabel="hypergradients delivered", title="along the course")
         right.set(yscale="log", xlabel="outer step", ylabel="relative error", title="error of each hypergradient")
         if ran:
