@@ -43,7 +43,14 @@ class Found(NamedTuple):
 
 
 def descend(
-    problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: int, requires: Requires, keep: Keep
+    problem: Problem,
+    standing: Standing,
+    inputs: dict[str, Tree],
+    steps: int,
+    requires: Requires,
+    keep: Keep,
+    *,
+    trusting: bool = True,
 ) -> tuple[Tree, Found]:
     """Make a level's inner steps.
 
@@ -54,6 +61,7 @@ def descend(
         steps: the number of updates.
         requires: what is wanted of the loop besides its end.
         keep: which standings are kept.
+        trusting: whether steps may be replayed as another loop recorded them; the last one is held against what is written.
 
     Returns:
         The parameters where the loop ends, and what else it leaves.
@@ -65,7 +73,7 @@ def descend(
     stays: dict[int, Standing] = {}
     now, seen = problem, list[dict[str, Tree]]()
     slope: Tensor | None = None
-    replayed = None if requires == "trajectory" else Steps.of(problem, (y, s), inputs, steps)
+    replayed = None if requires == "trajectory" else Steps.of(problem, (y, s), inputs, steps, trusting=trusting)
     t = -1
     while (t := t + 1) < steps:
         if t in keep.before:
@@ -84,7 +92,10 @@ def descend(
         else:
             gradient, cost, aux = now.gradient(y, inputs, t)
             slope = _tree.norm(_tree.detach(gradient))
+            before = y, s
             y, s = now.apply(y, s, inputs, gradient, t)
+            if trusting and replayed is not None and not replayed.agrees(now, before, (y, s), cost, t):
+                return descend(problem, standing, inputs, steps, requires, keep, trusting=False)
         now, aux = now.after(aux, t)
         if requires == "trajectory" or _tracing.transforming() or torch.is_grad_enabled():
             costs.append(cost)

@@ -14,10 +14,12 @@ from paper_repro.experiment import Experiment, Request
 from paper_repro.hypercleaning import EXPERIMENT as HYPERCLEANING
 from paper_repro.learning_rates import EXPERIMENT as LEARNING_RATES
 from paper_repro.peers.run import EXPERIMENT as PEERS
+from paper_repro.peers_accuracy import EXPERIMENT as PEERS_ACCURACY
 from paper_repro.peers_correctness import EXPERIMENT as PEERS_CORRECTNESS
 
 EXPERIMENTS: dict[str, Experiment] = {
-    experiment.name: experiment for experiment in (HYPERCLEANING, DOMAINS, LEARNING_RATES, PEERS_CORRECTNESS, PEERS)
+    experiment.name: experiment
+    for experiment in (HYPERCLEANING, DOMAINS, LEARNING_RATES, PEERS_CORRECTNESS, PEERS, PEERS_ACCURACY)
 }
 
 

@@ -106,7 +106,8 @@ The results, the new standing first, depend on no cotangent; the extra is whatev
 class Recording:
     """One loop's recordings, until its steps can be replayed.
 
-    Where the program is compiled, steps are recorded once for all; else each loop looks whether they are what they were.
+    What another loop recorded is taken on trust, and is held against a step as it is written when the loop ends; where the
+    program is compiled, not even that.
 
     Args:
         problem: the level, bound.
@@ -132,12 +133,18 @@ class Recording:
         self.draws = self.given_up = False
         self.extra: Any = None
 
+    def trust(self, varying: Sequence[Tensor], cotangents: Sequence[Tensor]) -> None:
+        """Take what another loop recorded, if what it closed over is still there."""
+        known = self._known.get(self._called([*varying, *self._layout.fixed, *cotangents]))
+        if known is None or known.why is not None:
+            return
+        closed = {n: x() for n, x in known.closed.items()}
+        if all(x is not None for x in closed.values()):
+            self.extra = known.extra
+            self._bind(known, closed)
+
     def ready(self, problem: Problem, varying: Sequence[Tensor], cotangents: Sequence[Tensor]) -> bool:
         """Record, of a step whose results nobody needs, until it can be replayed, and say whether it can."""
-        known = self._known.get(self._called([*varying, *self._layout.fixed, *cotangents]))
-        if known is not None and self._compiler is not None and known.why is None:
-            self.extra = known.extra
-            self._bind(known, {n: x() for n, x in known.closed.items()})
         while self.forward is None and not self.given_up:
             self.again(problem, varying, cotangents, 0)
         return self.forward is not None

@@ -40,6 +40,7 @@ def products(problem: Problem, params: Tree, inputs: dict[str, Tree], t: int) ->
 
     def made(function: Function, name: str) -> Callable[[Tree], Sequence[Any]] | None:
         recording = Recording(still, function, layout, name)
+        recording.trust((), vector)
         if recording.refused((), vector) or not recording.ready(still, (), vector):
             return None
         assert recording.forward is not None

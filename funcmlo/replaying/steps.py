@@ -10,6 +10,7 @@ from torch import Tensor
 
 from funcmlo import _random, _tree
 from funcmlo._tree import Tree
+from funcmlo.batches import Fixed
 from funcmlo.hypergrad.solved import Standing
 from funcmlo.problem import Problem
 from funcmlo.recording.tape import below_autograd
@@ -24,7 +25,9 @@ class Steps:
         self._layout, self._recording = layout, recording
 
     @staticmethod
-    def of(problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: int) -> Steps | None:
+    def of(
+        problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: int, *, trusting: bool = True
+    ) -> Steps | None:
         """Return the steps of a loop that begins, or None where they are made one by one, as they are written.
 
         Args:
@@ -32,6 +35,10 @@ class Steps:
             standing: where the loop begins.
             inputs: the parameters of the levels that it reads.
             steps: how many there are.
+            trusting: whether what an earlier loop recorded may be taken on trust.
+
+        Returns:
+            The steps.
         """
         if torch.is_grad_enabled() or not replayable(problem, steps):
             return None
@@ -42,6 +49,8 @@ class Steps:
         first = layout.flat(problem, standing, 0)
         if first is None or recording.refused(first, ()):
             return None
+        if trusting and isinstance(problem.feed, Fixed):
+            recording.trust(first, ())
         if problem.compiler is not None and not recording.ready(problem, first, ()):
             return None
         return Steps(layout, recording)
@@ -63,6 +72,25 @@ class Steps:
                 costs.append(found[n])
         return *_tree.unflatten(self._layout.standing, z), costs
 
+    def agrees(self, problem: Problem, before: Standing, after: Standing, cost: Tensor, t: int) -> bool:
+        """Say whether step t comes to the same bits as when it was made as it is written, or is not replayed at all.
+
+        Args:
+            problem: the level, bound.
+            before: the standing before the step.
+            after: the standing after it.
+            cost: the cost before it.
+            t: its number.
+
+        Returns:
+            Whether it does; of compiled steps, which differ by rounding, it is not asked.
+        """
+        flat = self._layout.flat(problem, before, t)
+        if problem.compiler is not None or self._recording.forward is None or flat is None:
+            return True
+        found, _ = forward(self._recording, problem, flat, t)
+        return alike(found, [*_tree.leaves(after), cost])
+
     def update(self, problem: Problem, standing: Standing, inputs: dict[str, Tree], t: int) -> tuple[Tree, Tree, Tensor]:
         """Make step t; return the new standing and the cost before it."""
         recording, n = self._recording, self._layout.standing.num_leaves
@@ -81,6 +109,11 @@ def _update(
 ) -> tuple[Tensors, Tensors, None]:
     y, s, cost, _ = problem.update(*standing, inputs, t)
     return [*_tree.leaves((y, s)), cost], cotangents, None
+
+
+def alike(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Say whether tensors hold the same numbers, NaN being itself."""
+    return all(torch.equal(x, y) or bool(((x == y) | (x != x) & (y != y)).all()) for x, y in zip(some, others, strict=False))
 
 
 def forward(recording: Recording, problem: Problem, flat: Sequence[Tensor], t: int) -> tuple[Sequence[Any], Any]:

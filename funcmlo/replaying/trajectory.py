@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from funcmlo import _diff, _reached, _tracing, _tree
 from funcmlo._tree import Tree
+from funcmlo.batches import Fixed
 from funcmlo.hypergrad.solved import Keep, Standing, held
 from funcmlo.problem import Problem
 from funcmlo.recording.tape import below_autograd
 from funcmlo.replaying.layout import Layout
 from funcmlo.replaying.recording import Recording, Tensors, replayable
-from funcmlo.replaying.steps import forward
+from funcmlo.replaying.steps import alike, forward
 
 
 class Loop(NamedTuple):
@@ -89,7 +90,9 @@ class Pull:
         return dict(_tree.add(total, begin))
 
 
-def loop(problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: int, keep: Keep) -> Loop | None:
+def loop(
+    problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: int, keep: Keep, *, trusting: bool = True
+) -> Loop | None:
     """Run a loop by replaying its steps, keeping what their derivative needs.
 
     Args:
@@ -98,6 +101,7 @@ def loop(problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: i
         inputs: the parameters of the levels that it reads.
         steps: how many.
         keep: which standings are to be kept.
+        trusting: whether steps may be replayed as another loop recorded them; the last one is held against what is written.
 
     Returns:
         The loop; None where it has to be run and differentiated as it is written.
@@ -112,6 +116,9 @@ def loop(problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: i
         return None
     zeros = _tree.zeros_like(_tree.floating(begin)[0])
     recording = Recording(problem, _step_and_products, layout, "step and products")
+    if trusting and isinstance(problem.feed, Fixed):
+        recording.trust(first, zeros)
+    trusted = recording.forward is not None and problem.compiler is None
     if recording.refused(first, zeros) or not recording.ready(problem, first, zeros):
         return None
     n, m = layout.standing.num_leaves, len(_tree.leaves(begin[0]))
@@ -127,6 +134,8 @@ def loop(problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: i
         states.append(_tree.unflatten(layout.standing, found[:n]))
         costs.append(found[n])
         ways.append(kept)
+    if trusted and not alike(found, _results(problem, *_traced(states[-2], inputs), steps - 1)[0]):
+        return loop(problem, standing, inputs, steps, keep, trusting=False)
     gradient = _tree.unflatten(_tree.structure(begin[0]), found[n + 1 : n + 1 + m])
     pull = Pull(problem, standing, inputs, ways, recording.backward, zeros)
     return Loop(tuple(states), costs, recording.extra(list(found[n + 1 + m :])), gradient, stays, pull)
@@ -139,14 +148,31 @@ def _step_and_products(
     z, read = _tree.floating(standing)[0], _tree.leaves(inputs)
     for x in (*z, *read):
         x.requires_grad_()
-    with torch.enable_grad():
-        gradient, cost, aux = problem.gradient(standing[0], inputs, t)
-        new = problem.apply(*standing, inputs, gradient, t)
-    tensors, whole = _tree.partition(aux)
+    results, whole = _results(problem, standing, inputs, t)
+    new = _tree.unflatten(_tree.structure(standing), results[: len(_tree.leaves(standing))])
     live = [(x, v) for x, v in zip(_tree.floating(new)[0], cotangents, strict=True) if x.requires_grad]
     products: Tensors = [None] * (len(z) + len(read))
     if live:
         outputs, vs = zip(*live, strict=True)
         products = torch.autograd.grad(outputs, [*z, *read], vs, allow_unused=True)
-    results = [*_tree.leaves(new), cost, *_tree.leaves(gradient), *tensors]
     return results, products, whole
+
+
+def _results(
+    problem: Problem, standing: Standing, inputs: dict[str, Tree], t: int
+) -> tuple[list[Tensor], Callable[[list[Tensor]], Any]]:
+    """A step as it is written and recorded by autograd: its standing, cost, gradient and metrics."""
+    with torch.enable_grad():
+        gradient, cost, aux = problem.gradient(standing[0], inputs, t)
+        new = problem.apply(*standing, inputs, gradient, t)
+    tensors, whole = _tree.partition(aux)
+    return [*_tree.leaves(new), cost, *_tree.leaves(gradient), *tensors], whole
+
+
+def _traced(standing: Standing, inputs: dict[str, Tree]) -> tuple[Standing, dict[str, Tree]]:
+    """Aliases that require grad, where they can."""
+
+    def alias(x: Tensor) -> Tensor:
+        return x.detach().requires_grad_() if x.is_floating_point() else x
+
+    return _tree.map(alias, standing), _tree.map(alias, inputs)
