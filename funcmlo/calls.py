@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from funcmlo import finite, precision
+from funcmlo.errors import NonFiniteError
 from funcmlo.fold import Folded
 from funcmlo.loops import Walk
 from funcmlo.metrics import metrics_of
@@ -42,7 +43,9 @@ def step(plan: Plan, state: State, batches: Mapping[str, Any]) -> tuple[State, d
     return work.state, metrics, work.clock.seconds
 
 
-def hypergradient(plan: Plan, state: State, batches: Mapping[str, Any], of: str, solve: bool) -> Folded:
+def hypergradient(
+    plan: Plan, state: State, batches: Mapping[str, Any], of: str, solve: bool, *, wanted: bool = False
+) -> Folded:
     """Return a hypergradient; see `Multilevel.hypergradient`.
 
     Args:
@@ -51,6 +54,7 @@ def hypergradient(plan: Plan, state: State, batches: Mapping[str, Any], of: str,
         batches: by level name.
         of: the level.
         solve: whether the lower levels make their inner steps first.
+        wanted: whether the costs of all inner steps are computed, of which an error can then tell.
 
     Returns:
         The hypergradient and what came with it.
@@ -58,13 +62,20 @@ def hypergradient(plan: Plan, state: State, batches: Mapping[str, Any], of: str,
     before, own, running = plan.ahead(of, solve)
     solved = [name for name in plan.graph.levels if of in plan.users[name]]
     work = plan.begin(running | {*solved}, state, batches, pure=True, solve=solve)
+    if isinstance(work, Walk):
+        work.wanted = wanted
     with _unchanged(state, batches), torch.no_grad(), precision.apart():
         _advance(work, before)
         if isinstance(work, Nest):
             folded = work.hypergradient(of, begin=solve and own.steps > 0)
         else:
             folded = work.hypergradient(of, own if solve else None, solved)
-    finite.check(work.events, work.levels, work.roles.apart)
+    try:
+        finite.check(work.events, work.levels, work.roles.apart)
+    except NonFiniteError:
+        if wanted or isinstance(work, Nest):
+            raise
+        return hypergradient(plan, state, batches, of, solve, wanted=True)
     return folded
 
 

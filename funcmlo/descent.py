@@ -50,6 +50,7 @@ def descend(
     requires: Requires,
     keep: Keep,
     *,
+    wanted: bool = True,
     trusting: bool = True,
 ) -> tuple[Tree, Found]:
     """Make a level's inner steps.
@@ -61,6 +62,7 @@ def descend(
         steps: the number of updates.
         requires: what is wanted of the loop besides its end.
         keep: which standings are kept.
+        wanted: whether anybody asks for all steps' costs; else replayed steps leave theirs out.
         trusting: whether steps may be replayed as another loop recorded them; the last one is held against what is written.
 
     Returns:
@@ -73,15 +75,19 @@ def descend(
     stays: dict[int, Standing] = {}
     now, seen = problem, list[dict[str, Tree]]()
     slope: Tensor | None = None
-    replayed = None if requires == "trajectory" else Steps.of(problem, (y, s), inputs, steps, trusting=trusting)
+    replayed = (
+    replayed = None
+    if requires != "trajectory":
+        replayed = Steps.of(problem, (y, s), inputs, steps, costs=wanted, trusting=trusting)
+    )
     t = -1
     while (t := t + 1) < steps:
         if t in keep.before:
             stays[t] = held((y, s), keep.on_cpu)
         until = min((stop for stop in keep.before if stop > t), default=steps - 1)
         if replayed is not None and replayed.ready and t < until:
-            y, s, costs[t:until] = replayed.through((y, s), t, until)
-            t = until - 1
+            y, s, some = replayed.through((y, s), t, until)
+            costs, t = [*costs[:t], *some], until - 1
             continue
         if problem.level.carries_buffers:
             seen = [*(seen if requires != "solution" else ()), own_buffers(now.fixed)]
@@ -95,9 +101,11 @@ def descend(
             before = y, s
             y, s = now.apply(y, s, inputs, gradient, t)
             if trusting and replayed is not None and not replayed.agrees(now, before, (y, s), cost, t):
-                return descend(problem, standing, inputs, steps, requires, keep, trusting=False)
+                return descend(problem, standing, inputs, steps, requires, keep, wanted=wanted, trusting=False)
         now, aux = now.after(aux, t)
-        if requires == "trajectory" or _tracing.transforming() or torch.is_grad_enabled():
+        if not wanted:
+            costs = [cost] if t == steps - 1 else []
+        elif requires == "trajectory" or _tracing.transforming() or torch.is_grad_enabled():
             costs.append(cost)
         else:  # side by side: small tensors that stay, one by one, would riddle the heap that the steps work in
             costs += cost.new_empty(steps - len(costs)).unbind()

@@ -65,6 +65,7 @@ class Walk:
         events: what is looked at for finiteness in the end.
         returning: where a level with `roll_back=True` will return to: its loop, and its standing, buffers and step then.
         clock: how long each level takes.
+        wanted: whether anybody asks for the costs of all inner steps.
     """
 
     levels: Mapping[str, Level]
@@ -79,6 +80,7 @@ class Walk:
     events: list[Event] = field(default_factory=list)
     returning: dict[str, tuple[Loop, Standing, Tree, int]] = field(default_factory=dict)
     clock: Clock = field(default_factory=Clock)
+    wanted: bool = True
 
     def run(self, loop: Loop) -> None:
         """Run an inner loop, with what is due before it: its level's roll-back, and its warm-up."""
@@ -156,7 +158,9 @@ class Walk:
             self._interleaved(loop, problem, standing, requires, keep)
             return
         openly = any(self.levels[name].response_for(user).in_the_open for user in self.users[name])
-        run = together.run(problem, standing, self._inputs(name), loop.steps, requires, keep, in_the_open=openly)
+        run = together.run(
+            problem, standing, self._inputs(name), loop.steps, requires, keep, in_the_open=openly, wanted=self.wanted
+        )
         self.solved[name] = run.solved
         self._put(name, (run.solved.params, run.solved.opt_state), loop.steps, run.after)
         extent = problem.extent(loop.steps - 1) if loop.steps else 1

@@ -181,6 +181,7 @@ def run(
     keep: Keep = Keep(),
     *,
     in_the_open: bool = False,
+    wanted: bool = True,
 ) -> Ran:
     """Run the inner loop of a level with no level below it, of all its tasks if it has some.
 
@@ -192,12 +193,13 @@ def run(
         requires: what the estimators need of it.
         keep: which standings they want kept.
         in_the_open: whether one of them differentiates all tasks' steps through one graph.
+        wanted: whether anybody asks for all steps' costs.
 
     Returns:
         The solved level and what else the loop leaves.
     """
     if not problem.has_tasks:
-        alone = unroll.run(problem, standing, inputs, steps, requires, keep)
+        alone = unroll.run(problem, standing, inputs, steps, requires, keep, wanted=wanted)
         return Ran(alone.solved, alone.costs, alone.aux, alone.after, alone.slope)
     # Two steps are timed: before the first one the tasks may stand at one point, where no map is asked anything.
     problem = _with_chunks(problem, standing, inputs, min(steps, 2), in_the_open=in_the_open)

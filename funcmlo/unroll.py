@@ -113,6 +113,8 @@ def run(
     steps: int,
     requires: Requires = "solution",
     keep: Keep = Keep(),
+    *,
+    wanted: bool = True,
 ) -> Run:
     """Run the inner loop of a level with no level below it, and hand over its solution.
 
@@ -123,12 +125,13 @@ def run(
         steps: the number of updates; with 0 the level is taken to be solved where it stands.
         requires: what the estimators need of it; for `"trajectory"` the loop is recorded.
         keep: which standings they want kept.
+        wanted: whether anybody asks for all steps' costs.
 
     Returns:
         The solved level.
     """
     trajectory: Trajectory | None = None
-    again = trajectory_of(problem, standing, inputs, steps, keep) if requires == "trajectory" else None
+    again = trajectory_of(problem, standing, inputs, steps, keep, wanted=wanted) if requires == "trajectory" else None
     if again is not None:
         end, passages = again.states[-1], passed(inputs, (), steps)
         plain = hand_over(problem, standing, again.states[0], end, passages, inputs, stays=again.stays)
@@ -139,7 +142,7 @@ def run(
         trajectory = Recorded(found.states, pullback)
     else:
         with torch.no_grad():
-            end, found = descend(problem, standing, inputs, steps, requires, keep)
+            end, found = descend(problem, standing, inputs, steps, requires, keep, wanted=wanted)
     passages = passed(inputs, found.seen, steps)
     finish = (end, found.opt_state)
     solved = hand_over(problem, standing, found.states[0], finish, passages, inputs, trajectory, stays=found.stays)

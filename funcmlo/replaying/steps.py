@@ -26,7 +26,13 @@ class Steps:
 
     @staticmethod
     def of(
-        problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: int, *, trusting: bool = True
+        problem: Problem,
+        standing: Standing,
+        inputs: dict[str, Tree],
+        steps: int,
+        *,
+        costs: bool = True,
+        trusting: bool = True,
     ) -> Steps | None:
         """Return the steps of a loop that begins, or None where they are made one by one, as they are written.
 
@@ -35,6 +41,7 @@ class Steps:
             standing: where the loop begins.
             inputs: the parameters of the levels that it reads.
             steps: how many there are.
+            costs: whether anybody asks for their costs; what only a cost needs is else left out.
             trusting: whether what an earlier loop recorded may be taken on trust.
 
         Returns:
@@ -45,7 +52,7 @@ class Steps:
         layout = Layout.of(problem, standing, inputs)
         if layout is None:
             return None
-        recording = Recording(problem, _update, layout, "step")
+        recording = Recording(problem, _update if costs else _bare_update, layout, "step" if costs else "step without cost")
         first = layout.flat(problem, standing, 0)
         if first is None or recording.refused(first, ()):
             return None
@@ -61,7 +68,7 @@ class Steps:
         return self._recording.forward is not None and self._layout.batch_leaves is None and not self._recording.draws
 
     def through(self, standing: Standing, first: int, last: int) -> tuple[Tree, Tree, list[Tensor]]:
-        """Make the steps first ≤ t < last; return the new standing and the costs before each."""
+        """Make the steps first ≤ t < last; return the new standing and the costs before each, if they are asked for."""
         step, n = self._recording.forward, self._layout.standing.num_leaves
         assert step is not None
         z, costs = _tree.leaves(standing), list[Tensor]()
@@ -69,7 +76,7 @@ class Steps:
             for _ in range(first, last):
                 found, _ = step(*z)
                 z = found[:n]
-                costs.append(found[n])
+                costs += found[n:]
         return *_tree.unflatten(self._layout.standing, z), costs
 
     def agrees(self, problem: Problem, before: Standing, after: Standing, cost: Tensor, t: int) -> bool:
@@ -91,8 +98,8 @@ class Steps:
         found, _ = forward(self._recording, problem, flat, t)
         return alike(found, [*_tree.leaves(after), cost])
 
-    def update(self, problem: Problem, standing: Standing, inputs: dict[str, Tree], t: int) -> tuple[Tree, Tree, Tensor]:
-        """Make step t; return the new standing and the cost before it."""
+    def update(self, problem: Problem, standing: Standing, inputs: dict[str, Tree], t: int) -> tuple[Tree, Tree, Any]:
+        """Make step t; return the new standing and the cost before it, None if nobody asks for it."""
         recording, n = self._recording, self._layout.standing.num_leaves
         flat = None if recording.given_up else self._layout.flat(problem, standing, t)
         if flat is None:
@@ -101,7 +108,7 @@ class Steps:
             found: Sequence[Any] = recording.again(problem, flat, (), t)
         else:
             found, _ = forward(recording, problem, flat, t)
-        return *_tree.unflatten(self._layout.standing, found[:n]), found[n]
+        return *_tree.unflatten(self._layout.standing, found[:n]), found[n] if len(found) > n else None
 
 
 def _update(
@@ -111,9 +118,17 @@ def _update(
     return [*_tree.leaves((y, s)), cost], cotangents, None
 
 
-def alike(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Say whether tensors hold the same numbers, NaN being itself."""
-    return all(torch.equal(x, y) or bool(((x == y) | (x != x) & (y != y)).all()) for x, y in zip(some, others, strict=False))
+def _bare_update(
+    problem: Problem, standing: Standing, inputs: dict[str, Tree], cotangents: Tensors, t: int
+) -> tuple[Tensors, Tensors, None]:
+    results, products, _ = _update(problem, standing, inputs, cotangents, t)
+    return results[:-1], products, None
+
+
+def alike(some: Tensors, others: Sequence[Tensor]) -> bool:
+    """Say whether tensors hold the same numbers, NaN being itself; None stands for any."""
+    pairs = [(x, y) for x, y in zip(some, others, strict=False) if x is not None]
+    return all(torch.equal(x, y) or bool(((x == y) | (x != x) & (y != y)).all()) for x, y in pairs)
 
 
 def forward(recording: Recording, problem: Problem, flat: Sequence[Tensor], t: int) -> tuple[Sequence[Any], Any]:

@@ -91,7 +91,14 @@ class Pull:
 
 
 def loop(
-    problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: int, keep: Keep, *, trusting: bool = True
+    problem: Problem,
+    standing: Standing,
+    inputs: dict[str, Tree],
+    steps: int,
+    keep: Keep,
+    *,
+    wanted: bool = True,
+    trusting: bool = True,
 ) -> Loop | None:
     """Run a loop by replaying its steps, keeping what their derivative needs.
 
@@ -101,6 +108,7 @@ def loop(
         inputs: the parameters of the levels that it reads.
         steps: how many.
         keep: which standings are to be kept.
+        wanted: whether anybody asks for the steps' costs; what only a cost needs is else left out.
         trusting: whether steps may be replayed as another loop recorded them; the last one is held against what is written.
 
     Returns:
@@ -115,7 +123,10 @@ def loop(
     if layout is None or first is None:
         return None
     zeros = _tree.zeros_like(_tree.floating(begin)[0])
-    recording = Recording(problem, _step_and_products, layout, "step and products")
+    function, name = _step_and_products, "step and products"
+    if not wanted:
+        function, name = _costless, "step and products without cost"
+    recording = Recording(problem, function, layout, name)
     if trusting and isinstance(problem.feed, Fixed):
         recording.trust(first, zeros)
     trusted = recording.forward is not None and problem.compiler is None
@@ -132,10 +143,11 @@ def loop(
             stays[t] = held(states[-1], keep.on_cpu)
         found, kept = forward(recording, problem, flat, t)
         states.append(_tree.unflatten(layout.standing, found[:n]))
-        costs.append(found[n])
+        costs += found[n : n + wanted]
         ways.append(kept)
+    found = list(found) if wanted else [*found[:n], None, *found[n:]]
     if trusted and not alike(found, _results(problem, *_traced(states[-2], inputs), steps - 1)[0]):
-        return loop(problem, standing, inputs, steps, keep, trusting=False)
+        return loop(problem, standing, inputs, steps, keep, wanted=wanted, trusting=False)
     gradient = _tree.unflatten(_tree.structure(begin[0]), found[n + 1 : n + 1 + m])
     pull = Pull(problem, standing, inputs, ways, recording.backward, zeros)
     return Loop(tuple(states), costs, recording.extra(list(found[n + 1 + m :])), gradient, stays, pull)
@@ -156,6 +168,15 @@ def _step_and_products(
         outputs, vs = zip(*live, strict=True)
         products = torch.autograd.grad(outputs, [*z, *read], vs, allow_unused=True)
     return results, products, whole
+
+
+def _costless(
+    problem: Problem, standing: Standing, inputs: dict[str, Tree], cotangents: Sequence[Tensor], t: int
+) -> tuple[Tensors, Tensors, Any]:
+    """The same without the cost."""
+    results, products, whole = _step_and_products(problem, standing, inputs, cotangents, t)
+    n = len(_tree.leaves(standing))
+    return [*results[:n], *results[n + 1 :]], products, whole
 
 
 def _results(
