@@ -58,6 +58,9 @@ def hypergradient(
 
     Returns:
         The hypergradient and what came with it.
+
+    Raises:
+        NonFiniteError: something is no longer finite.
     """
     before, own, running = plan.ahead(of, solve)
     solved = [name for name in plan.graph.levels if of in plan.users[name]]

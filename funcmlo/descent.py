@@ -75,11 +75,9 @@ def descend(
     stays: dict[int, Standing] = {}
     now, seen = problem, list[dict[str, Tree]]()
     slope: Tensor | None = None
-    replayed = (
     replayed = None
     if requires != "trajectory":
         replayed = Steps.of(problem, (y, s), inputs, steps, costs=wanted, trusting=trusting)
-    )
     t = -1
     while (t := t + 1) < steps:
         if t in keep.before:
