@@ -12,6 +12,7 @@ has seen.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -45,11 +46,11 @@ def value_and_grads(
         The cost, what came with it, the gradients, and for each argument whether the cost depends on it at all
         (under a torch.func transform that cannot be known, and the answer is True).
     """
-    if _tracing.transforming():
+    if _tracing.composing():
         return _value_and_grads_func(cost, arguments)
     record = torch.is_grad_enabled()
     with torch.enable_grad():
-        aliases = [_tree.map(_alias if record else _leaf, argument) for argument in arguments]
+        aliases = _aliases(arguments, record)
         value, extra = cost(*aliases)
     flat = [leaf for alias in aliases for leaf in _tree.leaves(alias)]
     if precision.scaling():
@@ -87,7 +88,7 @@ def with_vjp(
     Returns:
         What the body returns.
     """
-    if _tracing.transforming():
+    if _tracing.composing():
         return with_vjp_func(function, arguments, body)
     record = _tracing.recording(*arguments)
     value, extra, pullback = _vjp(function, arguments, record)
@@ -106,14 +107,14 @@ def vjp(function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree]) ->
     Returns:
         The value, what came with it (both cut from the graph), and the pullback.
     """
-    if _tracing.transforming():
+    if _tracing.composing():
         return _vjp_func(function, arguments)
     value, extra, pullback = _vjp(function, arguments, record=False)
     return _tree.detach(value), _tree.detach(extra), pullback
 
 
 def _vjp(function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree], record: bool) -> tuple[Tree, Any, Pullback]:
-    aliases = [_tree.map(_alias if record else _leaf, argument) for argument in arguments]
+    aliases = _aliases(arguments, record)
     with torch.enable_grad():
         value, extra = function(*aliases)
     return value, extra, _pullback(_tree.leaves(value), aliases, record, known=arguments)
@@ -159,20 +160,25 @@ def _autograd(
     outputs: list[Tensor], leaves: list[Tensor], cotangents: list[Tensor] | None, *, create_graph: bool, retain_graph: bool
 ) -> list[Tensor | None]:
     """`torch.autograd.grad`, also where no output is differentiable or no leaf is given."""
-    live = [i for i, output in enumerate(outputs) if output.requires_grad]
-    if not live or not leaves:
-        return [None] * len(leaves)
-    try:
-        return list(
-            torch.autograd.grad(
-                [outputs[i] for i in live],
-                leaves,
-                None if cotangents is None else [cotangents[i] for i in live],
-                create_graph=create_graph,
-                retain_graph=retain_graph,
-                allow_unused=True,
-            )
+
+    def walk(outputs: list[Tensor], leaves: list[Tensor], cotangents: list[Tensor] | None) -> Sequence[Tensor | None]:
+        live = [i for i, output in enumerate(outputs) if output.requires_grad]
+        if not live or not leaves:
+            return [None] * len(leaves)
+        if cotangents is None:
+            cotangents = [torch.ones_like(output) for output in outputs]
+        return torch.autograd.grad(
+            [outputs[i] for i in live],
+            leaves,
+            [cotangents[i] for i in live],
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            allow_unused=True,
         )
+
+    try:
+        with torch.enable_grad():
+            return _tracing.below_maps(walk, outputs, leaves, cotangents)
     except RuntimeError as error:
         if "device meta" not in str(error):
             raise
@@ -184,6 +190,14 @@ def _autograd(
 
 def _materialize(grads: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
+
+
+def _aliases(arguments: Sequence[Tree], record: bool) -> list[Tree]:
+    """Aliases of the arguments; where the graph around them is joined, of what it has too."""
+    alias = _alias if record else _leaf
+    flats, structures = zip(*(_tree.flatten(argument) for argument in arguments), strict=True)
+    flat = iter(_tracing.below_maps(lambda xs: [alias(x) for x in xs], [x for leaves in flats for x in leaves]))
+    return [_tree.unflatten(s, itertools.islice(flat, s.num_leaves)) for s in structures]
 
 
 def _leaf(x: Tensor) -> Tensor:

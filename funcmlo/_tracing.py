@@ -5,7 +5,9 @@ The only place that asks functorch about its levels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -32,6 +34,31 @@ def differentiating() -> bool:
     """Say whether a torch.func transform that differentiates (grad, vjp, jvp) is active; vmap alone does not."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return _forward_mode() or any(i.key() != torch._C._functorch.TransformType.Vmap for i in stack)
+
+
+def composing() -> bool:
+    """Say whether derivatives must be levels of torch.func: some transform is active, and more than maps of a program."""
+    return transforming() and (differentiating() or not _whole_program.get())
+
+
+@contextmanager
+def whole_program(whole: bool = True) -> Generator[None]:
+    """Run a block in which maps, where nothing else is active, are known to surround all that is ever differentiated.
+
+    Then plain autograd is good below the maps (`below_maps`). It is not inside of a custom derivative, which torch.func
+    calls with levels set aside whose tensors may still be seen.
+
+    Args:
+        whole: whether that is known.
+    """
+    token = _whole_program.set(whole)
+    try:
+        yield
+    finally:
+        _whole_program.reset(token)
+
+
+_whole_program: ContextVar[bool] = ContextVar("whole_program", default=False)
 
 
 def mapping() -> bool:
@@ -148,3 +175,42 @@ def lanes() -> Callable[[Tensor, slice], Tensor]:
         return functorch._add_batch_dim(x, 0, level)
 
     return lane
+
+
+def below_maps(function: Callable[..., Sequence[Tensor | None]], *lists: Sequence[Tensor] | None) -> list[Tensor | None]:
+    """Call a function on the tensors that lie below every active map, where plain autograd is good.
+
+    Lanes lead there, those of the outermost map first; what a map does not batch is repeated for its lanes, so that each
+    lane has a derivative of its own.
+
+    Args:
+        function: what is called with as many lists of tensors, outside of the maps; it returns tensors of that kind.
+        *lists: lists of tensors; None stays None.
+
+    Returns:
+        What it returns, as the tensors that the maps see.
+    """
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack()
+    if not stack or composing():
+        return list(function(*lists))
+    maps = [functorch.CVmapInterpreterPtr(interpreter) for interpreter in stack]
+
+    def lowered(x: Tensor) -> Tensor:
+        for one in reversed(maps):
+            if functorch.is_batchedtensor(x) and functorch.maybe_get_level(x) == one.level():
+                at, x = functorch.maybe_get_bdim(x), functorch.get_unwrapped(x)
+                x = x.movedim(at, 0) if at else x
+            else:
+                x = x.expand(one.batchSize(), *x.shape)
+        return x
+
+    def raised(x: Tensor) -> Tensor:
+        for one in maps:
+            x = functorch._add_batch_dim(x, 0, one.level())
+        return x
+
+    below = [None if xs is None else [lowered(x) for x in xs] for xs in lists]
+    with temporarily_clear_interpreter_stack():
+        answer = function(*below)
+    return [None if x is None else raised(x) for x in answer]

@@ -33,7 +33,7 @@ def step(plan: Plan, state: State, batches: Mapping[str, Any]) -> tuple[State, d
         The new state, metrics by level, and how long each level took.
     """
     work = plan.begin(plan.graph.levels, state, batches, pure=False)
-    with _unchanged(state, batches), torch.no_grad(), precision.apart():
+    with _unchanged(state, batches), torch.no_grad(), precision.apart(), plan.whole():
         for loop in plan.schedule.tops:
             work.run(loop)
         if isinstance(work, Walk):
@@ -67,7 +67,7 @@ def hypergradient(
     work = plan.begin(running | {*solved}, state, batches, pure=True, solve=solve)
     if isinstance(work, Walk):
         work.wanted = wanted
-    with _unchanged(state, batches), torch.no_grad(), precision.apart():
+    with _unchanged(state, batches), torch.no_grad(), precision.apart(), plan.whole():
         _advance(work, before)
         if isinstance(work, Nest):
             folded = work.hypergradient(of, begin=solve and own.steps > 0)
@@ -99,7 +99,7 @@ def cost(plan: Plan, state: State, batches: Mapping[str, Any], of: str, solve: b
     work = plan.begin(running, state, batches, pure=True, solve=solve)
     if isinstance(work, Walk):  # nothing is kept of the loops for a derivative that is not taken
         work.users = {name: [user for user in users if user != of] for name, users in work.users.items()}
-    with _unchanged(state, batches), torch.no_grad(), precision.apart():
+    with _unchanged(state, batches), torch.no_grad(), precision.apart(), plan.whole():
         _advance(work, before)
         if isinstance(work, Nest):
             value = work.cost(of, begin=solve and own.steps > 0)

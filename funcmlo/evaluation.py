@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from funcmlo import _random, _tracing, kernels, precision
+from funcmlo import _mapped, _random, _tracing, kernels, precision
 from funcmlo._tree import Tree
 from funcmlo.batches import Feed, Microbatches, examples
 from funcmlo.compiler import Compiler
@@ -216,14 +216,16 @@ class Evaluation:
 
     def _evaluating(self, params: Tree, t: int) -> AbstractContextManager[None]:
         """The state of torch in which everything of a step's cost is evaluated: its precision, kernels and seed."""
-        formula = self.level.second_order or _tracing.mapping()  # no map knows the fused kernels of attention
+        mapped = _tracing.mapping()
+        formula = self.level.second_order or mapped  # no map knows the fused kernels of attention
         if self.level.autocast is None and not formula:
             return _random.seeded(self.seed_of("", t))
-        return self._carefully(params, t, formula)
+        return self._carefully(params, t, formula, mapped)
 
     @contextmanager
-    def _carefully(self, params: Tree, t: int, formula: bool) -> Generator[None]:
+    def _carefully(self, params: Tree, t: int, formula: bool, mapped: bool) -> Generator[None]:
         with (
+            _mapped.Rewritten() if mapped else nullcontext(),
             precision.evaluating(self.level.autocast, params),
             kernels.attention(formula=formula),
             _random.seeded(self.seed_of("", t)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -129,6 +130,10 @@ class Plan:
         before, own = self.schedule.before(of) if solve else ((), Loop(of, 1))
         loops = [item for item in (*before, *own.first) if isinstance(item, Loop)]
         return before, own, {of}.union(*(loop.levels() for loop in loops))
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Return the context of the program's work, in which maps alone do not keep derivatives from plain autograd."""
+        return _tracing.whole_program(self.composition == "paths")  # nested solutions are custom derivatives
 
     def passed_over(self, state: State) -> State:
         """Return a state with its step counters as after an outer step, and all else as it was."""

@@ -96,7 +96,9 @@ class _Solution(torch.autograd.Function):
     def forward(call: _Call, *operands: Tensor) -> tuple[Tensor, ...]:
         first = call.start.num_leaves
         constants, inputs = _tree.unflatten(call.structure, operands[first:])
-        leaves, structure = _tree.flatten(call.map.find(constants, _tree.unflatten(call.start, operands[:first]), inputs))
+        with _tracing.whole_program(False):
+            found = call.map.find(constants, _tree.unflatten(call.start, operands[:first]), inputs)
+        leaves, structure = _tree.flatten(found)
         call.found.append(structure)
         return tuple(x.clone() if any(x is y for y in operands) else x for x in leaves)
 
@@ -119,7 +121,8 @@ class _Solution(torch.autograd.Function):
                 "solution; use torch.func.jacrev."
             )
         v = _tree.unflatten(call.found[-1], _tracing.alive(cotangents))
-        products = respond(call.map, call.map.at(constants, inputs, y), v)
+        with _tracing.whole_program(False):
+            products = respond(call.map, call.map.at(constants, inputs, y), v)
         none = [None] * (call.start.num_leaves + len(_tree.leaves(constants)))
         return (None, *none, *_tree.leaves({name: products[name] for name in inputs}))
 

@@ -203,7 +203,17 @@ def run(
         return Ran(alone.solved, alone.costs, alone.aux, alone.after, alone.slope)
     # Two steps are timed: before the first one the tasks may stand at one point, where no map is asked anything.
     problem = _with_chunks(problem, standing, inputs, min(steps, 2), in_the_open=in_the_open)
-    y, found, pullback = _made(problem, standing, inputs, steps, requires, keep, in_the_open=in_the_open)
+    tasks = problem.tasks
+    assert tasks is not None
+    openly = in_the_open and steps > 0 and (tasks.at_once == 1 or not _normalizes(problem, standing, inputs))
+    again = unroll.retraced(problem, standing, inputs, steps, keep, wanted=wanted) if openly else None
+    if again is not None:
+        at = again.solved
+        assert at.trajectory is not None
+        end, states, passages = (at.params, at.opt_state), at.trajectory.states, unroll.passed(inputs, (), steps)
+        alone = Together(problem, standing, at.init, end, passages, inputs, states, at.kept, at)
+        return Ran(alone, [cost / tasks.n for cost in again.costs], again.aux, {}, again.slope)
+    y, found, pullback = _made(problem, standing, inputs, steps, requires, keep, in_the_open=openly)
     for t in range(steps if requires == "solution" and not problem.level.roll_back else 0):
         forget(problem.feed, problem.first + t)
     passages = unroll.passed(inputs, found.seen, steps)
@@ -238,7 +248,7 @@ def _made(
         y, found = tasks.values(one)
         return y, found
 
-    if in_the_open and steps and (tasks.at_once == 1 or not _normalizes(problem, standing, inputs)):
+    if in_the_open:
         return _diff.vjp(loop, [inputs])
     with torch.no_grad():
         return *loop(inputs), None
@@ -257,7 +267,8 @@ def _with_chunks(problem: Problem, standing: Standing, inputs: dict[str, Tree], 
     def attempt(size: int) -> None:
         """A step or two of all tasks, and their derivative where the steps are differentiated."""
         tried = replace(problem, tasks=replace(tasks, chunk=size, randomness=draws))
-        y, _, pullback = _made(tried, standing, inputs, steps, "solution", Keep(), in_the_open=in_the_open)
+        openly = in_the_open and (size == 1 or not _normalizes(problem, standing, inputs))
+        y, _, pullback = _made(tried, standing, inputs, steps, "solution", Keep(), in_the_open=openly)
         if pullback is not None:
             pullback(y)
 

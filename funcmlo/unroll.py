@@ -131,12 +131,8 @@ def run(
         The solved level.
     """
     trajectory: Trajectory | None = None
-    again = trajectory_of(problem, standing, inputs, steps, keep, wanted=wanted) if requires == "trajectory" else None
-    if again is not None:
-        end, passages = again.states[-1], passed(inputs, (), steps)
-        plain = hand_over(problem, standing, again.states[0], end, passages, inputs, stays=again.stays)
-        solved = replace(plain, trajectory=Retraced(again.states, again.pull, plain))
-        return Run(solved, again.costs, again.aux, {}, _tree.norm(again.gradient))
+    if requires == "trajectory" and (again := retraced(problem, standing, inputs, steps, keep, wanted=wanted)) is not None:
+        return again
     if requires == "trajectory" and steps:
         end, found, pullback = _diff.vjp(recorded(problem, standing, steps, keep), [inputs])
         trajectory = Recorded(found.states, pullback)
@@ -147,6 +143,33 @@ def run(
     finish = (end, found.opt_state)
     solved = hand_over(problem, standing, found.states[0], finish, passages, inputs, trajectory, stays=found.stays)
     return Run(solved, found.costs, found.aux, found.after, found.slope)
+
+
+def retraced(
+    problem: Problem, standing: Standing, inputs: dict[str, Tree], steps: int, keep: Keep, *, wanted: bool = True
+) -> Run | None:
+    """Run an inner loop, of all tasks together if there are some, by replaying its steps.
+
+    Args:
+        problem: the level, bound.
+        standing: where it stands.
+        inputs: the parameters of the levels that it reads.
+        steps: the number of updates.
+        keep: which standings are kept.
+        wanted: whether anybody asks for all steps' costs.
+
+    Returns:
+        What it gave, of tasks the sums of their costs and all their gradients' norms; None where it cannot be replayed.
+    """
+    again = trajectory_of(problem, standing, inputs, steps, keep, wanted=wanted)
+    if again is None:
+        return None
+    plain = hand_over(
+        problem, standing, again.states[0], again.states[-1], passed(inputs, (), steps), inputs, stays=again.stays
+    )
+    solved = replace(plain, trajectory=Retraced(again.states, again.pull, plain))
+    slope = torch.func.vmap(_tree.norm)(again.gradient) if problem.has_tasks else _tree.norm(again.gradient)
+    return Run(solved, again.costs, again.aux, {}, slope)
 
 
 def recorded(

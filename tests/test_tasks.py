@@ -590,7 +590,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a layer that no map knows": (
         lambda: recurrent(None),
         fm.EstimatorError,
-        r"the tasks cannot be evaluated together by torch.func.vmap \(output with shape.*chunk=1",
+        r"the tasks cannot be evaluated together by torch.func.vmap \(Batching rule not implemented.*chunk=1",
     ),
     "a comparison": (
         lambda: fm.compare([fm.ITD()], many(fm.ITD()), many(fm.ITD()).init({"x": META}), BATCHES),

@@ -29,7 +29,7 @@ from funcmlo.recording.replay import Parts, split
 from funcmlo.recording.tape import Tape, below_autograd, kind, record
 from funcmlo.replaying.layout import Layout
 
-LEAST, MOST = 4, 2**18
+LEAST, MOST = 4, 2**20
 """The steps from which recording pays, and how many scalars a step may compute."""
 
 
@@ -65,13 +65,13 @@ class Known:
 _KNOWN: weakref.WeakKeyDictionary[Level, dict[Any, Known]] = weakref.WeakKeyDictionary()
 
 
-def replayable(problem: Problem, steps: int) -> bool:
-    """Say whether a loop's steps are of a kind that may be replayed at all."""
+def replayable(problem: Problem, steps: int, *, tasks: bool = False) -> bool:
+    """Say whether a loop's steps are of a kind that may be replayed at all; those of all tasks together, if they may."""
     level = problem.level
     return (
         (problem.compiler is not None or (level.replay and steps >= LEAST))
         and steps > 0
-        and problem.tasks is None
+        and (problem.tasks is None or (tasks and problem.has_tasks))
         and problem.sharing is None
         and not (level.has_solver or level.carries_buffers or level.project or level.autocast or level.loss_scale)
         and not _tracing.unreadable()
@@ -125,7 +125,7 @@ class Recording:
 
     def __init__(self, problem: Problem, function: Function, layout: Layout, name: str) -> None:
         self._function, self._layout, self._name, self._results = function, layout, name, 0
-        self._level, self._compiler = problem.level.name, problem.compiler
+        self._level, self._compiler, self._tasks = problem.level.name, problem.compiler, problem.tasks is not None
         self._known = _KNOWN.setdefault(problem.level, {}) if self._compiler is None else self._compiler.of(self._level)
         self._before: Tape | None = None
         self.forward: Callable[..., Any] | None = None
@@ -213,6 +213,8 @@ class Recording:
         parts = split(tape, varying, fixed, self._results)
         if isinstance(parts, str):
             return Known(parts)
+        if parts.draws and self._tasks:
+            return Known("its tasks draw random numbers")
         settings = parts, varying, range(varying + fixed, tape.inputs), [kind(x) for x in tape.tensors]
         make, _ = code(*settings)
         closed: dict[int, Callable[[], Tensor | None]] = {n: weakref.ref(x) for n, x in tape.constants.items()}

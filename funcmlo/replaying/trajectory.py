@@ -114,7 +114,7 @@ def loop(
     Returns:
         The loop; None where it has to be run and differentiated as it is written.
     """
-    if not replayable(problem, steps) or _tracing.recording(standing, inputs):
+    if not replayable(problem, steps, tasks=True) or _tracing.recording(standing, inputs):
         return None
     with torch.no_grad():
         begin = problem.start(inputs, *standing)
