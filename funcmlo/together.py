@@ -211,8 +211,8 @@ def run(
         at = again.solved
         assert at.trajectory is not None
         end, states, passages = (at.params, at.opt_state), at.trajectory.states, unroll.passed(inputs, (), steps)
-        alone = Together(problem, standing, at.init, end, passages, inputs, states, at.kept, at)
-        return Ran(alone, [cost / tasks.n for cost in again.costs], again.aux, {}, again.slope)
+        together = Together(problem, standing, at.init, end, passages, inputs, states, at.kept, at)
+        return Ran(together, [cost / tasks.n for cost in again.costs], again.aux, {}, again.slope)
     y, found, pullback = _made(problem, standing, inputs, steps, requires, keep, in_the_open=openly)
     for t in range(steps if requires == "solution" and not problem.level.roll_back else 0):
         forget(problem.feed, problem.first + t)
