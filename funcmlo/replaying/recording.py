@@ -29,7 +29,7 @@ from funcmlo.recording.replay import Parts, split
 from funcmlo.recording.tape import Tape, below_autograd, kind, record
 from funcmlo.replaying.layout import Layout
 
-LEAST, MOST = 4, 2**20
+LEAST, MOST = 4, 2**22
 """The steps from which recording pays, and how many scalars a step may compute."""
 
 

@@ -117,7 +117,7 @@ def loop(
     if not replayable(problem, steps, tasks=True) or _tracing.recording(standing, inputs):
         return None
     with torch.no_grad():
-        begin = problem.start(inputs, *standing)
+        begin = _tree.map(_spread, problem.start(inputs, *standing))
     layout = Layout.of(problem, begin, inputs)
     first = None if layout is None else layout.flat(problem, begin, 0)
     if layout is None or first is None:
@@ -151,6 +151,11 @@ def loop(
     gradient = _tree.unflatten(_tree.structure(begin[0]), found[n + 1 : n + 1 + m])
     pull = Pull(problem, standing, inputs, ways, recording.backward, zeros)
     return Loop(tuple(states), costs, recording.extra(list(found[n + 1 + m :])), gradient, stays, pull)
+
+
+def _spread(x: Tensor) -> Tensor:
+    """A start that tasks share, with memory for each, as it has after a step."""
+    return x.contiguous() if isinstance(x, Tensor) and 0 in x.stride() else x
 
 
 def _step_and_products(
