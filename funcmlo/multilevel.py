@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,13 +11,14 @@ from torch import Tensor
 
 from funcmlo import finite, precision
 from funcmlo._tree import Tree
+from funcmlo.footprint.predict import predict
 from funcmlo.initial import first_state
 from funcmlo.level import Level
 from funcmlo.loops import Walk
 from funcmlo.metrics import metrics_of
 from funcmlo.nested import Nest
 from funcmlo.plan import Composition, Plan
-from funcmlo.purity import untouched
+from funcmlo.purity import unchanged
 from funcmlo.schedule import Loop, Schedule
 from funcmlo.sharing import Parallel
 from funcmlo.state import State
@@ -121,7 +121,7 @@ class Multilevel:
     ) -> tuple[State, dict[str, dict[str, Any]], dict[str, float]]:
         """Make one outer step, and tell how long each level took."""
         work = self._plan.begin(self.graph.levels, state, batches, pure=False)
-        with _unchanged(state, batches), torch.no_grad(), precision.apart():
+        with unchanged(state, batches), torch.no_grad(), precision.apart():
             for loop in self._plan.schedule.tops:
                 work.run(loop)
             if isinstance(work, Walk):
@@ -153,7 +153,7 @@ class Multilevel:
         before, own, running = self._plan.ahead(of, solve)
         solved = [name for name in self.graph.levels if of in self._plan.users[name]]
         work = self._plan.begin(running | {*solved}, state, batches, pure=True, solve=solve)
-        with _unchanged(state, batches), torch.no_grad(), precision.apart():
+        with unchanged(state, batches), torch.no_grad(), precision.apart():
             _advance(work, before)
             if isinstance(work, Nest):
                 folded = work.hypergradient(of, begin=solve and own.steps > 0)
@@ -195,7 +195,7 @@ class Multilevel:
         work = self._plan.begin(running, state, batches, pure=True, solve=solve)
         if isinstance(work, Walk):  # nothing is kept of the loops for a derivative that is not taken
             work.users = {name: [user for user in users if user != of] for name, users in work.users.items()}
-        with _unchanged(state, batches), torch.no_grad(), precision.apart():
+        with unchanged(state, batches), torch.no_grad(), precision.apart():
             _advance(work, before)
             if isinstance(work, Nest):
                 cost = work.cost(of, begin=solve and own.steps > 0)
@@ -203,6 +203,8 @@ class Multilevel:
                 cost = work.cost(of, own if solve else None)
         finite.check(work.events, work.levels, work.roles.apart)
         return -cost if {level.name: level for level in self.levels}[of].maximize else cost
+
+    memory = predict
 
     def run(
         self,
@@ -290,11 +292,3 @@ class Multilevel:
 def _advance(work: Walk | Nest, before: Sequence[Loop | str]) -> None:
     for item in before:
         work.begin(item) if isinstance(item, str) else work.run(item)
-
-
-def _unchanged(state: State, batches: Mapping[str, Any]) -> AbstractContextManager[None]:
-    watched = {f"the parameters of level '{name}' were": tree for name, tree in state.params.items()}
-    watched |= {f"the buffers of level '{name}' were": tree for name, tree in state.buffers.items()}
-    fixed = {name: batch for name, batch in batches.items() if not (callable(batch) or isinstance(batch, Iterator))}
-    watched |= {f"the batch of level '{name}' was": batch for name, batch in fixed.items()}
-    return untouched(watched, "The numbers that came in are changed now.")
