@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from funcmlo.loops import Walk
 from funcmlo.metrics import metrics_of
 from funcmlo.nested import Nest
 from funcmlo.plan import Plan
-from funcmlo.purity import untouched
+from funcmlo.purity import unchanged
 from funcmlo.schedule import Loop
 from funcmlo.state import State
 
@@ -33,7 +32,7 @@ def step(plan: Plan, state: State, batches: Mapping[str, Any]) -> tuple[State, d
         The new state, metrics by level, and how long each level took.
     """
     work = plan.begin(plan.graph.levels, state, batches, pure=False)
-    with _unchanged(state, batches), torch.no_grad(), precision.apart(), plan.whole():
+    with unchanged(state, batches), torch.no_grad(), precision.apart(), plan.whole():
         for loop in plan.schedule.tops:
             work.run(loop)
         if isinstance(work, Walk):
@@ -67,7 +66,7 @@ def hypergradient(
     work = plan.begin(running | {*solved}, state, batches, pure=True, solve=solve)
     if isinstance(work, Walk):
         work.wanted = wanted
-    with _unchanged(state, batches), torch.no_grad(), precision.apart(), plan.whole():
+    with unchanged(state, batches), torch.no_grad(), precision.apart(), plan.whole():
         _advance(work, before)
         if isinstance(work, Nest):
             folded = work.hypergradient(of, begin=solve and own.steps > 0)
@@ -99,7 +98,7 @@ def cost(plan: Plan, state: State, batches: Mapping[str, Any], of: str, solve: b
     work = plan.begin(running, state, batches, pure=True, solve=solve)
     if isinstance(work, Walk):  # nothing is kept of the loops for a derivative that is not taken
         work.users = {name: [user for user in users if user != of] for name, users in work.users.items()}
-    with _unchanged(state, batches), torch.no_grad(), precision.apart(), plan.whole():
+    with unchanged(state, batches), torch.no_grad(), precision.apart(), plan.whole():
         _advance(work, before)
         if isinstance(work, Nest):
             value = work.cost(of, begin=solve and own.steps > 0)
@@ -112,11 +111,3 @@ def cost(plan: Plan, state: State, batches: Mapping[str, Any], of: str, solve: b
 def _advance(work: Walk | Nest, before: Sequence[Loop | str]) -> None:
     for item in before:
         work.begin(item) if isinstance(item, str) else work.run(item)
-
-
-def _unchanged(state: State, batches: Mapping[str, Any]) -> AbstractContextManager[None]:
-    watched = {f"the parameters of level '{name}' were": tree for name, tree in state.params.items()}
-    watched |= {f"the buffers of level '{name}' were": tree for name, tree in state.buffers.items()}
-    fixed = {name: batch for name, batch in batches.items() if not (callable(batch) or isinstance(batch, Iterator))}
-    watched |= {f"the batch of level '{name}' was": batch for name, batch in fixed.items()}
-    return untouched(watched, "The numbers that came in are changed now.")

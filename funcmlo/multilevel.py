@@ -14,6 +14,7 @@ from funcmlo import calls
 from funcmlo._tree import Tree
 from funcmlo.compiler import Compiler
 from funcmlo.errors import DefinitionError
+from funcmlo.footprint.predict import predict
 from funcmlo.initial import first_state
 from funcmlo.level import Level
 from funcmlo.plan import Composition, Plan
@@ -219,6 +220,8 @@ class Multilevel:
             tensor(0.2500)
         """
         return calls.cost(self._plan, state, batches, of, solve)
+
+    memory = predict
 
     def run(
         self,

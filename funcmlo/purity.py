@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,23 @@ def untouched(
             f"{listing(changed)} changed in place, by a loss, a map, an init, a solver or a projection; compute a new "
             f"tensor (x.clamp(0, 1) in place of x.clamp_(0, 1)). {remedy}"
         )
+
+
+def unchanged(state: Any, batches: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Run a block and raise if it wrote to what came in.
+
+    Args:
+        state: a program's state.
+        batches: its batches by level name; iterators and functions make theirs as they go.
+
+    Returns:
+        The context.
+    """
+    watched = {f"the parameters of level '{name}' were": tree for name, tree in state.params.items()}
+    watched |= {f"the buffers of level '{name}' were": tree for name, tree in state.buffers.items()}
+    fixed = {name: batch for name, batch in batches.items() if not (callable(batch) or isinstance(batch, Iterator))}
+    watched |= {f"the batch of level '{name}' was": batch for name, batch in fixed.items()}
+    return untouched(watched, "The numbers that came in are changed now.")
 
 
 def _versions(trees: Mapping[str, Tree]) -> dict[str, list[int]]:

@@ -20,7 +20,6 @@ from funcmlo.hypergrad.stats import Stats
 from funcmlo.initial import estimator_state
 from funcmlo.level import Level
 from funcmlo.loops import Walk
-from funcmlo.multilevel import Multilevel
 from funcmlo.schedule import Loop
 from funcmlo.state import State
 
@@ -39,20 +38,21 @@ class Place:
     """Where estimators are put: the response, for level `of`, of the levels `through`.
 
     Attributes:
-        program: the program.
+        program: the program, a `Multilevel`.
         of: the level whose hypergradient is taken.
         through: the levels whose response is replaced; what levels other than `of` see of them stays.
     """
 
-    program: Multilevel
+    program: Any
     of: str
     through: tuple[str, ...]
 
     def users(self, name: str) -> tuple[str, ...]:
         """Return the levels that differentiate through a level."""
-        return self.program._plan.users[name]
+        users: tuple[str, ...] = self.program._plan.users[name]
+        return users
 
-    def put(self, estimator: BestResponse, longer: int = 1, *, warn: bool = False) -> Multilevel:
+    def put(self, estimator: BestResponse, longer: int = 1, *, warn: bool = False) -> Any:
         """Return the program with another estimator.
 
         Args:
@@ -75,7 +75,7 @@ class Place:
         with warnings.catch_warnings():
             if not warn:
                 warnings.simplefilter("ignore", FuncmloWarning)
-            return Multilevel(*map(level, self.program.levels), composition=self.program.composition)
+            return type(self.program)(*map(level, self.program.levels), composition=self.program.composition)
 
     def start(self, state: State, estimator: BestResponse) -> State:
         """Return the state with an estimator's first state where the old estimator's was."""
@@ -131,7 +131,7 @@ class Place:
         loops = [item for item in (*before, *own.first) if isinstance(item, Loop)]
         solved = [name for name in program.graph.levels if self.of in program._plan.users[name]]
         running = {self.of, *solved}.union(*(loop.levels() for loop in loops))
-        work = program._plan.begin(running, self.start(state, nothing), batches, pure=True)
+        work: Walk | Any = program._plan.begin(running, self.start(state, nothing), batches, pure=True)
         with torch.no_grad():
             for item in before:
                 work.begin(item) if isinstance(item, str) else work.run(item)
@@ -140,7 +140,8 @@ class Place:
                 return work.state
             if own.steps:
                 work.begin(self.of)
-            return work._gradient(self.of, {}, work.state, 0)[1]
+            ready: State = work._gradient(self.of, {}, work.state, 0)[1]
+            return ready
 
 
 @dataclass(frozen=True)

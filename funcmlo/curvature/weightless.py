@@ -30,7 +30,7 @@ def weightless(tree: Tree) -> Tree:
 
 
 def _place(x: Tensor) -> Tensor:
-    if not x.requires_grad or x.numel() <= _FEW:
+    if type(x) is not Tensor or not x.requires_grad or x.numel() <= _FEW:  # a sharded one has a layout of its own
         return x
     place: Tensor = _Place.apply(x)  # type: ignore[no-untyped-call]
     return place

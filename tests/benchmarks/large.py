@@ -22,7 +22,7 @@ from tests.benchmarks.memory import QUIET, fresh, reset_peak, resident
 
 ESTIMATORS = {
     "AID(CG(5, tol=0.0))": (6, True),
-    "AID(CG(5, tol=0.0), curvature=Hessian('recompute'))": (6, True),
+    "AID(CG(5, tol=0.0), curvature=Hessian('recompute'))": (8, True),
     "AID(Neumann(20, scale=0.5))": (6, True),
     "FiniteDifference()": (3, False),
 }

@@ -1,0 +1,1 @@
+"""The memory that a hypergradient is going to take: what `program.memory` does."""
