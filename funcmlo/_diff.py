@@ -96,28 +96,33 @@ def with_vjp(
     return answer if record or torch.is_grad_enabled() else _tree.detach(answer)
 
 
-def vjp(function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree]) -> tuple[Tree, Any, Pullback]:
+def vjp(
+    function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree], *, once: bool = False
+) -> tuple[Tree, Any, Pullback]:
     """Evaluate a function and keep what its vector-Jacobian products need.
 
     Args:
         function: a function of the arguments that returns (tree of tensors, anything); gradients that it takes inside
             by `value_and_grads` are differentiated again.
         arguments: trees of tensors.
+        once: whether the pullback is called once, and lets go of the graph as it walks it.
 
     Returns:
         The value, what came with it (both cut from the graph), and the pullback.
     """
     if _tracing.composing():
         return _vjp_func(function, arguments)
-    value, extra, pullback = _vjp(function, arguments, record=False)
+    value, extra, pullback = _vjp(function, arguments, record=False, once=once)
     return _tree.detach(value), _tree.detach(extra), pullback
 
 
-def _vjp(function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree], record: bool) -> tuple[Tree, Any, Pullback]:
+def _vjp(
+    function: Callable[..., tuple[Tree, Any]], arguments: Sequence[Tree], record: bool, once: bool = False
+) -> tuple[Tree, Any, Pullback]:
     aliases = _aliases(arguments, record)
     with torch.enable_grad():
         value, extra = function(*aliases)
-    return value, extra, _pullback(_tree.leaves(value), aliases, record, known=arguments)
+    return value, extra, _pullback(_tree.leaves(value), aliases, record, once, known=arguments)
 
 
 def _pullback(

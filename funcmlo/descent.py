@@ -23,7 +23,7 @@ class Found(NamedTuple):
 
     Attributes:
         opt_state: the optimizer's state there.
-        states: the standings before the first step and, where a trajectory is required, after each one.
+        begin: the standing before the first step.
         costs: the cost before each step.
         aux: the last step's metrics.
         seen: the level's buffers, if it has any, before the steps that may be made again, the last one at least.
@@ -33,7 +33,7 @@ class Found(NamedTuple):
     """
 
     opt_state: Tree
-    states: tuple[Standing, ...]
+    begin: Standing
     costs: list[Tensor]
     aux: Any
     seen: list[dict[str, Tree]]
@@ -69,7 +69,7 @@ def descend(
         The parameters where the loop ends, and what else it leaves.
     """
     y, s = problem.start(inputs, *standing) if steps else standing
-    states: list[Standing] = [(y, s)]
+    begin = y, s
     costs: list[Tensor] = []
     aux: dict[str, Any] = {}
     stays: dict[int, Standing] = {}
@@ -108,11 +108,9 @@ def descend(
         else:  # side by side: small tensors that stay, one by one, would riddle the heap that the steps work in
             costs += cost.new_empty(steps - len(costs)).unbind()
             costs[t].copy_(cost)
-        if requires == "trajectory":
-            states.append((y, s))
-        elif requires == "solution" and not problem.level.roll_back:
+        if requires == "solution" and not problem.level.roll_back:
             forget(problem.feed, problem.first + t)
-    return y, Found(s, tuple(states), costs, aux, seen, own_buffers(now.fixed), stays, slope)
+    return y, Found(s, begin, costs, aux, seen, own_buffers(now.fixed), stays, slope)
 
 
 def own_buffers(fixed: Mapping[str, Any]) -> dict[str, Tree]:

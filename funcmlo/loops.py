@@ -159,7 +159,15 @@ class Walk:
             return
         openly = any(self.levels[name].response_for(user).in_the_open for user in self.users[name])
         run = together.run(
-            problem, standing, self._inputs(name), loop.steps, requires, keep, in_the_open=openly, wanted=self.wanted
+            problem,
+            standing,
+            self._inputs(name),
+            loop.steps,
+            requires,
+            keep,
+            in_the_open=openly,
+            wanted=self.wanted,
+            once=len(self.users[name]) == 1,
         )
         self.solved[name] = run.solved
         self._put(name, (run.solved.params, run.solved.opt_state), loop.steps, run.after)
@@ -177,7 +185,7 @@ class Walk:
             self.begin(name)
         inputs, begin = self._inputs(name), self._standing(name)
         passages: list[Passage] = []
-        states, costs, stays = [begin], list[Tensor](), dict[int, Standing]()
+        costs, stays = list[Tensor](), dict[int, Standing]()
         for t in range(loop.steps):
             for inner in loop.later if t else ():
                 self.run(inner)
@@ -191,13 +199,11 @@ class Walk:
                 passages.append(Passage(inputs, indirect, problem.fixed))
             elif not problem.level.roll_back:
                 forget(problem.feed, problem.first + t)
-            if requires == "trajectory":
-                states.append(self._standing(name))
         end = self._standing(name)
         self._put(name, end, loop.steps)
         passages = [Passage(inputs)] * (loop.steps - len(passages)) + passages
-        again = states if requires == "trajectory" else ()
-        self.solved[name] = together.hand_over(problem, standing, begin, end, passages, inputs, again, stays)
+        again = requires == "trajectory"
+        self.solved[name] = together.hand_over(problem, standing, begin, end, passages, inputs, again=again, stays=stays)
 
     def _update(
         self, problem: Problem, inputs: dict[str, Tree], t: int, costs: Sequence[Tensor]

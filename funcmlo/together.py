@@ -22,7 +22,7 @@ from funcmlo.hypergrad.stats import Stats
 from funcmlo.level import Level
 from funcmlo.problem import Problem
 from funcmlo.tasks import Slice, Tasks
-from funcmlo.unroll import Passage, Recorded
+from funcmlo.unroll import Passage, Recorded, Replayed
 
 Answer: TypeAlias = tuple[Mapping[str, Tree], Any, Stats | Mapping[str, Any]]
 """Cotangents by input name, the estimator's new state, and stats."""
@@ -39,7 +39,7 @@ class Together:
         end: where it ended.
         passages: what each step saw.
         inputs: the parameters of the levels that it reads.
-        states: the run's states, where an estimator asks for its trajectory.
+        again: whether it is to be run again where an estimator asks for its trajectory.
         stays: the standings that were kept.
         whole: the loop of all tasks as one, if it was recorded.
     """
@@ -50,7 +50,7 @@ class Together:
     end: Standing
     passages: Sequence[Passage]
     inputs: dict[str, Tree]
-    states: Sequence[Standing] = ()
+    again: bool = False
     stays: Mapping[int, Standing] | None = None
     whole: Solved | None = None
 
@@ -80,9 +80,8 @@ class Together:
         inputs = own(self.inputs)
         passages = [Passage(own(p.inputs), part(p.correction), own(p.fixed)) for p in self.passages]
         single, standing = self.problem.one(part), part(self.standing)
-        states = [part(state) for state in self.states]
         begin, end, stays = part(self.begin), part(self.end), part(dict(self.stays or {}))
-        return unroll.hand_over(single, standing, begin, end, passages, inputs, states=states, stays=stays)
+        return unroll.hand_over(single, standing, begin, end, passages, inputs, again=self.again, stays=stays)
 
     def answer(
         self, estimator: BestResponse, ask: Callable[[Solved, Tree, Any], Answer], cotangent: Tree, state: Any
@@ -164,12 +163,13 @@ def hand_over(
     end: Standing,
     passages: Sequence[Passage],
     inputs: dict[str, Tree],
-    states: Sequence[Standing],
+    *,
+    again: bool,
     stays: Mapping[int, Standing],
 ) -> Solved | Together:
     """Put a finished inner loop into the form that is asked for products, as `unroll.hand_over` does without tasks."""
     made = Together if problem.has_tasks else unroll.hand_over
-    return made(problem, standing, begin, end, passages, inputs, states=states, stays=stays)
+    return made(problem, standing, begin, end, passages, inputs, again=again, stays=stays)
 
 
 def run(
@@ -182,6 +182,7 @@ def run(
     *,
     in_the_open: bool = False,
     wanted: bool = True,
+    once: bool = False,
 ) -> Ran:
     """Run the inner loop of a level with no level below it, of all its tasks if it has some.
 
@@ -194,12 +195,13 @@ def run(
         keep: which standings they want kept.
         in_the_open: whether one of them differentiates all tasks' steps through one graph.
         wanted: whether anybody asks for all steps' costs.
+        once: whether one product alone will be asked of a recorded loop.
 
     Returns:
         The solved level and what else the loop leaves.
     """
     if not problem.has_tasks:
-        alone = unroll.run(problem, standing, inputs, steps, requires, keep, wanted=wanted)
+        alone = unroll.run(problem, standing, inputs, steps, requires, keep, wanted=wanted, once=once)
         return Ran(alone.solved, alone.costs, alone.aux, alone.after, alone.slope)
     # Two steps are timed: before the first one the tasks may stand at one point, where no map is asked anything.
     problem = _with_chunks(problem, standing, inputs, min(steps, 2), in_the_open=in_the_open)
@@ -208,21 +210,19 @@ def run(
     openly = in_the_open and steps > 0 and (tasks.at_once == 1 or not _normalizes(problem, standing, inputs))
     again = unroll.retraced(problem, standing, inputs, steps, keep, wanted=wanted) if openly else None
     if again is not None:
-        at = again.solved
-        assert at.trajectory is not None
-        end, states, passages = (at.params, at.opt_state), at.trajectory.states, unroll.passed(inputs, (), steps)
-        together = Together(problem, standing, at.init, end, passages, inputs, states, at.kept, at)
+        at, passages = again.solved, unroll.passed(inputs, (), steps)
+        end = at.params, at.opt_state
+        together = Together(problem, standing, at.init, end, passages, inputs, True, at.kept, at)
         return Ran(together, [cost / tasks.n for cost in again.costs], again.aux, {}, again.slope)
-    y, found, pullback = _made(problem, standing, inputs, steps, requires, keep, in_the_open=openly)
+    y, found, pullback = _made(problem, standing, inputs, steps, requires, keep, in_the_open=openly, once=once)
     for t in range(steps if requires == "solution" and not problem.level.roll_back else 0):
         forget(problem.feed, problem.first + t)
     passages = unroll.passed(inputs, found.seen, steps)
-    begin, end, whole = found.states[0], (y, found.opt_state), None
+    begin, end, whole = found.begin, (y, found.opt_state), None
     if pullback is not None:
-        trajectory = Recorded(found.states, pullback)
-        whole = unroll.hand_over(problem, standing, begin, end, passages, inputs, trajectory, stays=found.stays)
-    states = found.states if requires == "trajectory" and steps else ()
-    solved = Together(problem, standing, begin, end, passages, inputs, states, found.stays, whole)
+        whole = unroll.hand_over(problem, standing, begin, end, passages, inputs, stays=found.stays)
+        whole = replace(whole, trajectory=Recorded(Replayed(whole), [pullback], once))
+    solved = Together(problem, standing, begin, end, passages, inputs, requires == "trajectory", found.stays, whole)
     return Ran(solved, [cost.mean() for cost in found.costs], found.aux, found.after, found.slope)
 
 
@@ -235,6 +235,7 @@ def _made(
     keep: Keep,
     *,
     in_the_open: bool,
+    once: bool = False,
 ) -> tuple[Tree, Found, _diff.Pullback | None]:
     """The loop of all tasks; where its graph is good to be walked from outside, with the products by it."""
     tasks = problem.tasks
@@ -249,7 +250,7 @@ def _made(
         return y, found
 
     if in_the_open:
-        return _diff.vjp(loop, [inputs])
+        return _diff.vjp(loop, [inputs], once=once)
     with torch.no_grad():
         return *loop(inputs), None
 

@@ -13,7 +13,7 @@ from funcmlo import _diff, _random, _tracing, _tree
 from funcmlo._tree import Tree
 from funcmlo.descent import Found, descend
 from funcmlo.hypergrad.base import Requires
-from funcmlo.hypergrad.solved import Keep, Parts, Solved, Standing, Trajectory
+from funcmlo.hypergrad.solved import Keep, Parts, Solved, Standing
 from funcmlo.problem import Problem
 from funcmlo.replaying.second import products
 from funcmlo.replaying.trajectory import Pull
@@ -57,24 +57,19 @@ class Passage:
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """A trajectory: its states, and the graph behind the last one."""
-
-    states: tuple[Standing, ...]
-    _pullback: _diff.Pullback
-
-    def pullback(self, cotangent: Tree) -> dict[str, Tree]:
-        """Return (∂y_T/∂input)ᵀ cotangent for every input."""
-        (inputs,) = self._pullback(cotangent)
-        return dict(inputs)
-
-
-@dataclass(frozen=True)
 class Replayed:
-    """A trajectory that is run again where its derivative is asked for, from the same start to the same bits."""
+    """A trajectory that is run again where its states or its derivative are asked for: the same start, the same bits."""
 
-    states: tuple[Standing, ...]
     solved: Solved = field(repr=False)
+
+    @property
+    def states(self) -> tuple[Standing, ...]:
+        """The standings before the first step and after each one."""
+        states = [self.solved.init]
+        with torch.no_grad():
+            for t in range(self.solved.steps):
+                states.append(self.solved.update(*states[-1], self.solved.inputs, t))
+        return tuple(states)
 
     def pullback(self, cotangent: Tree) -> dict[str, Tree]:
         """Return (∂y_T/∂input)ᵀ cotangent for every input."""
@@ -92,17 +87,42 @@ class Replayed:
 
 
 @dataclass(frozen=True)
+class Recorded:
+    """A trajectory with the graph of its steps, which is let go as it is walked where one level alone asks."""
+
+    again: Replayed
+    _pullbacks: list[_diff.Pullback] = field(repr=False)
+    _once: bool = False
+
+    @property
+    def states(self) -> tuple[Standing, ...]:
+        """The standings before the first step and after each one."""
+        return self.again.states
+
+    def pullback(self, cotangent: Tree) -> dict[str, Tree]:
+        """Return (∂y_T/∂input)ᵀ cotangent for every input."""
+        if not self._pullbacks or (self._once and _tracing.recording(cotangent)):
+            return self.again.pullback(cotangent)
+        (inputs,) = (self._pullbacks.pop() if self._once else self._pullbacks[0])(cotangent)
+        return dict(inputs)
+
+
+@dataclass(frozen=True)
 class Retraced:
     """A trajectory whose steps were replayed; they are run again as they are written where its answer is differentiated."""
 
-    states: tuple[Standing, ...]
+    again: Replayed
     _pull: Pull = field(repr=False)
-    _solved: Solved = field(repr=False)
+
+    @property
+    def states(self) -> tuple[Standing, ...]:
+        """The standings before the first step and after each one."""
+        return self.again.states
 
     def pullback(self, cotangent: Tree) -> dict[str, Tree]:
         """Return (∂y_T/∂input)ᵀ cotangent for every input."""
         if _tracing.transforming() or _tracing.recording(cotangent):
-            return Replayed(self.states, self._solved).pullback(cotangent)
+            return self.again.pullback(cotangent)
         return self._pull(cotangent)
 
 
@@ -115,6 +135,7 @@ def run(
     keep: Keep = Keep(),
     *,
     wanted: bool = True,
+    once: bool = False,
 ) -> Run:
     """Run the inner loop of a level with no level below it, and hand over its solution.
 
@@ -126,22 +147,24 @@ def run(
         requires: what the estimators need of it; for `"trajectory"` the loop is recorded.
         keep: which standings they want kept.
         wanted: whether anybody asks for all steps' costs.
+        once: whether one product alone will be asked of a recorded loop, which then lets go of its graph.
 
     Returns:
         The solved level.
     """
-    trajectory: Trajectory | None = None
+    pullback: _diff.Pullback | None = None
     if requires == "trajectory" and (again := retraced(problem, standing, inputs, steps, keep, wanted=wanted)) is not None:
         return again
     if requires == "trajectory" and steps:
-        end, found, pullback = _diff.vjp(recorded(problem, standing, steps, keep), [inputs])
-        trajectory = Recorded(found.states, pullback)
+        end, found, pullback = _diff.vjp(recorded(problem, standing, steps, keep), [inputs], once=once)
     else:
         with torch.no_grad():
             end, found = descend(problem, standing, inputs, steps, requires, keep, wanted=wanted)
     passages = passed(inputs, found.seen, steps)
     finish = (end, found.opt_state)
-    solved = hand_over(problem, standing, found.states[0], finish, passages, inputs, trajectory, stays=found.stays)
+    solved = hand_over(problem, standing, found.begin, finish, passages, inputs, stays=found.stays)
+    if pullback is not None:
+        solved = replace(solved, trajectory=Recorded(Replayed(solved), [pullback], once))
     return Run(solved, found.costs, found.aux, found.after, found.slope)
 
 
@@ -164,10 +187,9 @@ def retraced(
     again = trajectory_of(problem, standing, inputs, steps, keep, wanted=wanted)
     if again is None:
         return None
-    plain = hand_over(
-        problem, standing, again.states[0], again.states[-1], passed(inputs, (), steps), inputs, stays=again.stays
-    )
-    solved = replace(plain, trajectory=Retraced(again.states, again.pull, plain))
+    passages = passed(inputs, (), steps)
+    plain = hand_over(problem, standing, again.begin, again.end, passages, inputs, stays=again.stays)
+    solved = replace(plain, trajectory=Retraced(Replayed(plain), again.pull))
     slope = torch.func.vmap(_tree.norm)(again.gradient) if problem.has_tasks else _tree.norm(again.gradient)
     return Run(solved, again.costs, again.aux, {}, slope)
 
@@ -192,8 +214,8 @@ def hand_over(
     end: Standing,
     passages: Sequence[Passage],
     inputs: dict[str, Tree],
-    trajectory: Trajectory | None = None,
-    states: Sequence[Standing] = (),
+    *,
+    again: bool = False,
     stays: Mapping[int, Standing] | None = None,
 ) -> Solved:
     """Put a finished inner loop into the form that estimators see.
@@ -205,8 +227,7 @@ def hand_over(
         end: where it ended.
         passages: what each step saw.
         inputs: the inputs at the last step.
-        trajectory: the recorded run, if it was recorded.
-        states: the run's states, if it is to be run again where an estimator asks for its trajectory.
+        again: whether it is to be run again where an estimator asks for its trajectory.
         stays: the standings that were kept.
 
     Returns:
@@ -264,7 +285,6 @@ def hand_over(
         update=update,
         start=lambda x: problem.start(seen(x, 0), *standing),
         optimizer=problem.optimizer(inputs),
-        trajectory=trajectory,
         parts=None if problem.level.has_solver else parts,
         evaluate=evaluate,
         kept=stays or {},
@@ -275,4 +295,4 @@ def hand_over(
         products=lambda: products(then(last), end[0], inputs, last),
         seed=_random.step_seed(problem.seed, f"{problem.level.name}.response", problem.first + last),
     )
-    return replace(solved, trajectory=Replayed(tuple(states), solved)) if states and steps else solved
+    return replace(solved, trajectory=Replayed(solved)) if again and steps else solved

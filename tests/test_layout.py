@@ -200,6 +200,7 @@ ORDER = [
     "train",
     "calls",
     "whole",
+    "compiling",
     "comparing.peak_memory",
     "comparing.substitution",
     "footprint.law",

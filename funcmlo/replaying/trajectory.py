@@ -24,7 +24,8 @@ class Loop(NamedTuple):
     """A loop whose steps were replayed, with what their derivative needs.
 
     Attributes:
-        states: the standings before the first step and after each one.
+        begin: the standing before the first step.
+        end: the standing after the last one.
         costs: the cost before each step.
         aux: the last step's metrics.
         gradient: its gradient.
@@ -32,7 +33,8 @@ class Loop(NamedTuple):
         pull: the way back.
     """
 
-    states: tuple[Standing, ...]
+    begin: Standing
+    end: Standing
     costs: list[Tensor]
     aux: Any
     gradient: Tree
@@ -133,24 +135,24 @@ def loop(
     if recording.refused(first, zeros) or not recording.ready(problem, first, zeros):
         return None
     n, m = layout.standing.num_leaves, len(_tree.leaves(begin[0]))
-    states, costs, ways, stays = [begin], list[Tensor](), list[Any](), dict[int, Standing]()
+    now, before, costs, ways, stays = begin, begin, list[Tensor](), list[Any](), dict[int, Standing]()
     found: Sequence[Any] = ()
     for t in range(steps):
-        flat = layout.flat(problem, states[-1], t)
+        flat = layout.flat(problem, now, t)
         if flat is None:
             return None
         if t in keep.before:
-            stays[t] = held(states[-1], keep.on_cpu)
+            stays[t] = held(now, keep.on_cpu)
         found, kept = forward(recording, problem, flat, t)
-        states.append(_tree.unflatten(layout.standing, found[:n]))
+        before, now = now, _tree.unflatten(layout.standing, found[:n])
         costs += found[n : n + wanted]
         ways.append(kept)
     found = list(found) if wanted else [*found[:n], None, *found[n:]]
-    if trusted and not alike(found, _results(problem, *_traced(states[-2], inputs), steps - 1)[0]):
+    if trusted and not alike(found, _results(problem, *_traced(before, inputs), steps - 1)[0]):
         return loop(problem, standing, inputs, steps, keep, wanted=wanted, trusting=False)
     gradient = _tree.unflatten(_tree.structure(begin[0]), found[n + 1 : n + 1 + m])
     pull = Pull(problem, standing, inputs, ways, recording.backward, zeros)
-    return Loop(tuple(states), costs, recording.extra(list(found[n + 1 + m :])), gradient, stays, pull)
+    return Loop(begin, now, costs, recording.extra(list(found[n + 1 + m :])), gradient, stays, pull)
 
 
 def _spread(x: Tensor) -> Tensor:
