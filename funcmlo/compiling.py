@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal, TypeVar
 
 from funcmlo.compiler import Compiler
 from funcmlo.errors import DefinitionError
 from funcmlo.whole import Whole
 
-if TYPE_CHECKING:
-    from funcmlo.multilevel import Multilevel
+_Program = TypeVar("_Program")
 
 
-def compiled(self: Multilevel, *, unroll: Literal["step", "whole"] = "step") -> Multilevel:
+def compiled(program: _Program, *, unroll: Literal["step", "whole"] = "step") -> _Program:
     """Return a program that does the same with compiled inner steps and products.
 
     Inner steps, the derivatives of ITD's steps and Hessian-vector products become graphs that torch's inductor compiles,
@@ -25,6 +24,7 @@ def compiled(self: Multilevel, *, unroll: Literal["step", "whole"] = "step") -> 
     a projection, buffers of their own, autocast or an outside solver.
 
     Args:
+        program: the program.
         unroll: `"step"`; or `"whole"`, one graph for all of a call to `step` or `hypergradient`, tasks and projections
             included, whose compilation takes longer the more inner steps and products there are (seconds to minutes).
             It needs fixed batches, and falls back to `"step"` where it cannot be had.
@@ -47,8 +47,10 @@ def compiled(self: Multilevel, *, unroll: Literal["step", "whole"] = "step") -> 
     """
     if unroll not in {"step", "whole"}:
         raise DefinitionError(f"compile(unroll={unroll!r}): expected 'step' or 'whole'.")
-    fast = copy.copy(self)
+    fast: Any = copy.copy(program)
+    written: Any = program
+    plan = written._plan
     fast.compiler = Compiler()
-    fast._plan = replace(self._plan, roles=replace(self._plan.roles, compiler=fast.compiler))
-    fast._whole = Whole(self, self._plan, fast.compiler) if unroll == "whole" else None
-    return fast
+    fast._plan = replace(plan, roles=replace(plan.roles, compiler=fast.compiler))
+    fast._whole = Whole(written, plan, fast.compiler) if unroll == "whole" else None
+    return fast  # type: ignore[no-any-return]
