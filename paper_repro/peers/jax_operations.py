@@ -39,7 +39,8 @@ def cross_entropy(logits: Any, labels: Any) -> Any:
 def convolution(x: Any, weight: Any, bias: Any) -> Any:
     """Return a 3×3 convolution that keeps height and width, as a product with all patches.
 
-    XLA's own convolutions are 13 times slower inside of loops than outside on a CPU (0.10.2), and slower to differentiate twice.
+    XLA's own convolutions are 13 times slower inside of loops than outside on a CPU (0.10.2), and slow to differentiate
+    twice.
     """
     (_, channels, height, width), outer = x.shape, len(weight)
     padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))

@@ -224,6 +224,13 @@ def test_the_command_line_writes_everything(tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_left_out_is_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--preset", "smoke", "--dataset", "maml-mlp", "--out", str(tmp_path)]
+    assert main(["run", "peers", *words, "--set", "itd=False"]) == 1
+    assert "No hypergradient of maml-mlp is left" in capsys.readouterr().err
+    assert cell.cell(settings=replace(PRESETS["smoke"], cg=False), method="mlp cg", seed=0) is None
+
+
 def test_cells_do_not_run_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "peers", "--preset", "smoke", "--jobs", "2", "--out", str(tmp_path)]) == 1
     assert "the machine to itself" in capsys.readouterr().err
