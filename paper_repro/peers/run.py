@@ -57,7 +57,7 @@ def run(request: Request) -> Sequence[Path]:
         cell,
         pairs,
         header=lambda s: (
-            f"{len(pairs)} hypergradients by {', '.join(request.methods)}; {s.rounds} rounds, {s.threads} "
+            f"hypergradients ({len(pairs)}) by {', '.join(request.methods)}; {s.rounds} rounds, {s.threads} "
             f"thread{'s' if s.threads > 1 else ''}"
         ),
         line=line,

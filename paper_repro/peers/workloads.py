@@ -129,7 +129,7 @@ WORKLOADS: dict[str, Workload] = {
             costs.maml_convnet,
             costs.maml_convnet,
             steps=5,
-            rate=0.01,
+            rate=0.03,
             sizes={
                 "cpu": {"tasks": 32, "ways": 5, "query": 5, "side": 28, "channels": (1, 32, 32, 32, 32)},
                 "smoke": {"tasks": 2, "ways": 3, "query": 3, "side": 16, "channels": (1, 2, 2, 2, 2)},
