@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from paper_repro.peers import torch_operations
 from paper_repro.peers.problem import Costs, NotOfferedError, Params, Problem, Tasks, costs_of, leaves, tasks_of
 
 Vector = tuple[Tensor, ...]
@@ -21,7 +22,7 @@ def prepare(problem: Problem, variant: str) -> Callable[[], Params]:
 
     Args:
         problem: what is asked.
-        variant: "" keeps the graphs of all inner steps for ITD, "recompute" their parameters only.
+        variant: "" keeps the graphs of all inner steps for ITD, "recompute" their parameters only; "vmap" maps tasks.
 
     Returns:
         A function without arguments.
@@ -31,6 +32,9 @@ def prepare(problem: Problem, variant: str) -> Callable[[], Params]:
     """
     start, hyper = problem.tensors(problem.drawn.start), problem.tensors(problem.drawn.hyper)
     if problem.workload.tasks:
+        if variant == "vmap":
+            data = problem.tensors(problem.drawn.data), problem.tensors(problem.drawn.query)
+            return lambda: mapped(problem, *data, start)
         if variant:
             raise NotOfferedError("recomputing is measured without tasks")
         tasks = tasks_of(problem)
@@ -153,6 +157,26 @@ def maml(problem: Problem, tasks: Tasks, shared: Params) -> Params:
         total = found if total is None else tuple(a + b for a, b in zip(total, found, strict=True))
     assert total is not None
     return {name: part / len(tasks) for name, part in zip(shared, total, strict=True)}
+
+
+def mapped(problem: Problem, support: Params, query: Params, shared: Params) -> Params:
+    """Return the same by `torch.func`, all tasks at once."""
+    cost = problem.workload
+
+    def one(start: Params, support: Params, query: Params) -> Tensor:
+        y = start
+        for _ in range(problem.steps):
+            slopes = torch.func.grad(lambda y: cost.inner(torch_operations, y, support))(y)
+            y = {name: p - problem.rate * slopes[name] for name, p in y.items()}
+        value: Tensor = cost.outer(torch_operations, y, query)
+        return value
+
+    def mean(start: Params) -> Tensor:
+        costs: Tensor = torch.func.vmap(one, in_dims=(None, 0, 0))(start, support, query)
+        return costs.mean()
+
+    found: Params = torch.func.grad(mean)(shared)
+    return found
 
 
 def flat(parts: Vector) -> Tensor:

@@ -22,7 +22,7 @@ Outcome = dict[str, Any]
 round), `error` (relative, against float64) and `peak` (bytes)."""
 
 
-def cell(*, settings: Settings, method: str, seed: int) -> dict[str, Any]:
+def cell(*, settings: Settings, method: str, seed: int) -> dict[str, Any] | None:
     """Measure one hypergradient of one workload.
 
     Args:
@@ -31,9 +31,12 @@ def cell(*, settings: Settings, method: str, seed: int) -> dict[str, Any]:
         seed: of the draw.
 
     Returns:
-        `workload`, `estimator`, `outcomes` by contender, `model` (the cost model's seconds) and `units` (its units').
+        `workload`, `estimator`, `outcomes` by contender, `model` (the cost model's seconds) and `units` (its units'); None
+        if these settings leave the estimator out.
     """
     name, estimator = method.split()
+    if estimator not in settings.estimators:
+        return None
     workload = WORKLOADS[name]
     asked = {who: CONTENDERS[who].refusal(workload, estimator) for who in ("by-hand", *settings.contenders)}
     outcomes: dict[str, Outcome] = {who: {"skipped": why} for who, why in asked.items() if why is not None}

@@ -16,13 +16,14 @@ class Contender:
 
     Attributes:
         name: on the command line.
-        kind: "peer" for what runs on torch, by hand included; "jax"; "own" for this library.
+        kind: "peer" for what runs on torch, by hand included; "jax"; "own" for this library; "beside" for what is compared
+            with nobody.
         adapter: the module of this folder whose `prepare` makes its function; it is imported in a process of its own.
         module: what must be importable for it; None for nothing.
         distribution: its name for pip, for its version.
         variant: what `prepare` is told.
         estimators: which hypergradients it has.
-        missing: why it has not the others, by estimator; "tasks" for workloads with tasks.
+        missing: why it has not the others, by estimator; "tasks" for workloads with tasks, "alone" for those without.
     """
 
     name: str
@@ -51,8 +52,9 @@ class Contender:
         """Return why it is not asked for a hypergradient of a workload; None if it is."""
         if not self.installed():
             return f"{self.module} is not installed"
-        if workload.tasks and "tasks" in self.missing:
-            return self.missing["tasks"]
+        kind = "tasks" if workload.tasks else "alone"
+        if kind in self.missing:
+            return self.missing[kind]
         if estimator not in self.estimators:
             return self.missing.get(estimator, "it has none")
         return None
@@ -74,6 +76,7 @@ CONTENDERS: dict[str, Contender] = {
     for contender in (
         Contender("by-hand", "peer", "by_hand"),
         _modes("by-hand-recompute", "peer", "by_hand", "recompute"),
+        Contender("by-hand-vmap", "beside", "by_hand", variant="vmap", missing={"alone": "there are no tasks to map"}),
         Contender(
             "betty", "peer", "with_betty", "betty", "betty-ml", estimators=ESTIMATORS[1:],
             missing={"itd": _NO_UNROLL, "tasks": _NO_UNROLL},

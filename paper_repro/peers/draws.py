@@ -70,7 +70,7 @@ def logistic(draw: Generator, *, examples: int, features: int) -> Drawn:
 def cleaning(draw: Generator, *, sizes: Sequence[int], examples: int, valid: int) -> Drawn:
     """Return classes told by a linear teacher, half of the training labels wrong, and a weight for each example."""
     teacher = draw.normal(size=(sizes[0], sizes[-1]))
-    inputs, valid_inputs = draw.normal(size=(examples, sizes[0])), draw.normal(size=(valid, sizes[0]))
+    inputs, valid_inputs = draw.normal(size=(examples, sizes[0])) / 3, draw.normal(size=(valid, sizes[0])) / 3
     wrong = draw.integers(sizes[-1], size=examples)
     labels = np.where(draw.random(examples) < 0.5, wrong, (inputs @ teacher).argmax(1))
     return Drawn(

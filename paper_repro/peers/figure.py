@@ -18,6 +18,7 @@ from matplotlib import pyplot as plt
 # Fill and hatch tell the bars apart in black and white.
 STYLES: dict[str, tuple[str, str]] = {
     "by-hand": ("white", ""),
+    "by-hand-vmap": ("white", "..."),
     "betty": ("white", "///"),
     "higher": ("white", "\\\\\\"),
     "torchopt": ("white", "xxx"),

@@ -37,8 +37,15 @@ def cross_entropy(logits: Any, labels: Any) -> Any:
 
 
 def convolution(x: Any, weight: Any, bias: Any) -> Any:
-    """Return a 3×3 convolution that keeps height and width."""
-    return jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME") + bias[:, None, None]
+    """Return a 3×3 convolution that keeps height and width, as a product with all patches.
+
+    XLA's own convolutions are 13 times slower inside of loops than outside on a CPU (0.10.2), and slow to differentiate
+    twice.
+    """
+    (_, channels, height, width), outer = x.shape, len(weight)
+    padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    patches = jnp.stack([padded[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)], 2)
+    return jnp.einsum("nckhw,ock->nohw", patches, weight.reshape(outer, channels, 9)) + bias[:, None, None]
 
 
 def pool(x: Any) -> Any:

@@ -12,6 +12,9 @@ from paper_repro.peers.contenders import CONTENDERS
 REMAKES = frozenset({"recompute", "mixed", "checkpoint"})
 """The variants that keep parameters in place of graphs; their memory is compared among themselves."""
 
+LEAST = 1e6
+"""The bytes below which a peak is no measure: pages, and code that is loaded when it is first needed."""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -27,7 +30,8 @@ class Line:
         first: seconds of the first call beyond another one: compiling, mostly.
         error: ‖answer − reference‖ / ‖reference‖; None if the answer is not finite.
         peak: bytes above the start; None if not measured.
-        to_peak: peak over the least of the torch peers that keep the same (graphs, or parameters); None without one.
+        to_peak: peak over the least of the torch peers that keep the same (graphs, or parameters); None without one of at
+            least `LEAST`.
     """
 
     contender: str
@@ -92,7 +96,7 @@ def _group(workload: str, estimator: str, rows: Sequence[Mapping[str, Any]]) -> 
     lines = []
     for who, several in done.items():
         alike = [other for other in peers if remakes(other) == remakes(who)]
-        least = min((peak for other in alike if (peak := peaks[other])), default=None)
+        least = min((peak for other in alike if (peak := peaks[other]) is not None), default=None)
         errors = [o["error"] for o in several]
         lines.append(
             Line(
@@ -105,7 +109,7 @@ def _group(workload: str, estimator: str, rows: Sequence[Mapping[str, Any]]) -> 
                 first=statistics.median(o["first"] for o in several) - seconds[who],
                 error=None if None in errors else max(errors),
                 peak=peaks[who],
-                to_peak=_ratio(peaks[who], least),
+                to_peak=_ratio(peaks[who], least) if least and least >= LEAST else None,
             )
         )
     return Group(workload, estimator, model, lines, skipped)

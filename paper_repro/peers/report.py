@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from paper_repro.peers.ratios import Group
 from paper_repro.peers.workloads import WORKLOADS
@@ -75,9 +76,10 @@ def _number(value: float | None) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def line(row: Mapping[str, object]) -> str:
+def line(row: Mapping[str, Any] | None) -> str:
     """Say in a line how many were measured and how many were not."""
+    if row is None:
+        return "left out"
     outcomes = row["outcomes"]
-    assert isinstance(outcomes, Mapping)
     skipped = sum("skipped" in outcome for outcome in outcomes.values())
     return f"{len(outcomes) - skipped} measured, {skipped} not"

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from funcmlo.errors import DefinitionError
-from paper_repro.experiment import Experiment, Request, swept
+from paper_repro.experiment import Experiment, Request, swept, varied
 from paper_repro.peers.cell import cell
 from paper_repro.peers.contenders import CONTENDERS
 from paper_repro.peers.figure import draw_figure
@@ -15,7 +15,7 @@ from paper_repro.peers.ratios import groups
 from paper_repro.peers.report import line, summary
 from paper_repro.peers.served import surroundings
 from paper_repro.peers.settings import Settings
-from paper_repro.peers.workloads import WORKLOADS
+from paper_repro.peers.workloads import ESTIMATORS, WORKLOADS
 from paper_repro.results import environment, write_json
 
 PRESETS: dict[str, Settings] = {"smoke": Settings(sizes="smoke", rounds=2, threads=1), "cpu": Settings()}
@@ -38,7 +38,13 @@ def run(request: Request) -> Sequence[Path]:
         raise DefinitionError("--jobs or --dask came; expected neither: what is timed needs the machine to itself.")
     settings = replace(PRESETS[request.preset], contenders=request.methods)
     names = list(WORKLOADS) if request.dataset == "all" else [request.dataset]
-    pairs = [f"{name} {estimator}" for name in names for estimator in WORKLOADS[name].estimators]
+    wanted = {name for chosen in varied(settings, request.changes).values() for name in chosen.estimators}
+    pairs = [f"{name} {estimator}" for name in names for estimator in WORKLOADS[name].estimators if estimator in wanted]
+    if not pairs:
+        raise DefinitionError(
+            f"No hypergradient of {request.dataset} is left by {dict(request.changes)}; expected one of "
+            f"{', '.join(ESTIMATORS)} to be True (of tasks itd)."
+        )
     versions = {name: CONTENDERS[name].version() for name in request.methods}
     for name in request.methods:
         if not CONTENDERS[name].installed():
@@ -51,12 +57,12 @@ def run(request: Request) -> Sequence[Path]:
         cell,
         pairs,
         header=lambda s: (
-            f"{len(pairs)} hypergradients by {', '.join(request.methods)}; {s.rounds} rounds, {s.threads} "
+            f"hypergradients ({len(pairs)}) by {', '.join(request.methods)}; {s.rounds} rounds, {s.threads} "
             f"thread{'s' if s.threads > 1 else ''}"
         ),
         line=line,
     ):
-        measured = groups(found.rows)
+        measured = groups([row for row in found.rows if row is not None])
         text = summary(measured, found.settings.sizes)
         print(f"\n{found.title}\n\n{text}" if found.title else f"\n{text}")
         content = {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from paper_repro.peers import costs, draws
-from paper_repro.peers.draws import Drawn
+from paper_repro.peers.draws import Arrays, Drawn
 
 ESTIMATORS = ("itd", "cg", "neumann", "difference")
 """The hypergradients: differentiated steps, conjugate gradient, the Neumann series, and H⁻¹ = I by a difference."""
@@ -46,8 +46,13 @@ class Workload:
     together: bool = True
 
     def drawn(self, size: str, seed: int) -> Drawn:
-        """Return the draw of a size, `"cpu"` or `"smoke"`, by a seed."""
-        return self.draw(np.random.default_rng(seed), **self.sizes[size])
+        """Return the draw of a size, `"cpu"` or `"smoke"`, by a seed: numbers that float32 has, so that all see the same."""
+        found = self.draw(np.random.default_rng(seed), **self.sizes[size])
+        return replace(found, **{part.name: _rounded(getattr(found, part.name)) for part in fields(found)})
+
+
+def _rounded(arrays: Arrays) -> Arrays:
+    return {name: a.astype(np.float32).astype(a.dtype) if a.dtype.kind == "f" else a for name, a in arrays.items()}
 
 
 WORKLOADS: dict[str, Workload] = {
@@ -124,7 +129,7 @@ WORKLOADS: dict[str, Workload] = {
             costs.maml_convnet,
             costs.maml_convnet,
             steps=5,
-            rate=0.05,
+            rate=0.03,
             sizes={
                 "cpu": {"tasks": 32, "ways": 5, "query": 5, "side": 28, "channels": (1, 32, 32, 32, 32)},
                 "smoke": {"tasks": 2, "ways": 3, "query": 3, "side": 16, "channels": (1, 2, 2, 2, 2)},

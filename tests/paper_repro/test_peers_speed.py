@@ -103,7 +103,13 @@ def test_products_are_as_many_as_are_asked() -> None:
 
 
 def outcome(*walls: float, error: float | None = 1e-7, peak: float | None = None) -> dict[str, Any]:
-    return {"first": 5.0, "walls": list(walls), "processors": [2 * wall for wall in walls], "error": error, "peak": peak}
+    return {
+        "first": 5.0,
+        "walls": list(walls),
+        "processors": [2 * wall for wall in walls],
+        "error": error,
+        "peak": None if peak is None else peak * 1e6,
+    }
 
 
 def row(**outcomes: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +137,8 @@ def test_ratios_are_of_medians() -> None:
     assert lines["funcmlo"].processor == 6
     assert lines["funcmlo"].first == 2
     assert [lines[name].to_peak for name in ("funcmlo", "funcmlo-mixed", "jax")] == [0.8, 0.5, None]
+    (small,) = groups([row(by_hand=outcome(1, peak=0.5), funcmlo=outcome(1, peak=0.7))])
+    assert small.lines[1].to_peak is None
     text = summary([group], "cpu")
     assert "not measured: boat (itd): boat_torch is not installed" in text
     assert "not finite" in text
@@ -175,6 +183,20 @@ def test_a_program_without_compile_is_skipped_by_name(monkeypatch: pytest.Monkey
         with_funcmlo.prepare(problem("mlp", "cg"), "whole")
 
 
+def test_compiled_contenders_are_programs_that_compile_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def compiled(program: fm.Multilevel, *, unroll: str = "step") -> fm.Multilevel:
+        asked.append(unroll)
+        return program
+
+    monkeypatch.setattr(fm.Multilevel, "compile", compiled, raising=False)
+    for variant in ("", "compiled", "whole"):
+        call = with_funcmlo.prepare(problem("logistic", "cg"), variant)
+        assert apart(flat(call()), reference(problem("logistic", "cg"))) < 1e-9
+    assert asked == ["step", "whole"]
+
+
 def test_a_process_that_dies_is_told_with_its_last_words() -> None:
     with served.processes([Job("no-workload", "smoke", 0, "itd", 3, "reference", 1)]) as (process,):
         with pytest.raises(served.DiedError, match="KeyError: 'no-workload'"):
@@ -200,6 +222,13 @@ def test_the_command_line_writes_everything(tmp_path: Path, capsys: pytest.Captu
     assert "not measured: funcmlo-mixed (itd): measured without tasks" in printed
     assert (tmp_path / "table.txt").read_text() in printed
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_left_out_is_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--preset", "smoke", "--dataset", "maml-mlp", "--out", str(tmp_path)]
+    assert main(["run", "peers", *words, "--set", "itd=False"]) == 1
+    assert "No hypergradient of maml-mlp is left" in capsys.readouterr().err
+    assert cell.cell(settings=replace(PRESETS["smoke"], cg=False), method="mlp cg", seed=0) is None
 
 
 def test_cells_do_not_run_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
