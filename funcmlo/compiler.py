@@ -17,7 +17,9 @@ from funcmlo.recording.inductor import compiled
 from funcmlo.recording.tape import below_autograd
 
 DIGITS = 2.0**10
-"""How many machine epsilons a compiled answer may be away from the eager one, relative to the largest entry of a tensor."""
+"""How many machine epsilons a compiled answer may be away from the eager one, relative to the largest number of its kind."""
+
+_Answer = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Compilation:
     Attributes:
         name: its level and what it is.
         seconds: how long it took.
-        difference: the largest difference from the eager answer at first use, in machine epsilons of the largest entry.
+        difference: the largest difference from the eager answer at first use, in machine epsilons of the largest number.
         why: why it is evaluated as it is written; None where it is compiled.
     """
 
@@ -83,9 +85,9 @@ class Compiler:
             try:
                 made = compiled(*settings)
                 given = tensors[:varying], [torch.randn_like(tensors[n]) for n in cotangents]
-                difference = max(map(_apart, _called(made, outside, *given), _called(eager, outside, *given)), default=0.0)
+                difference = _apart(_called(made, outside, *given), _called(eager, outside, *given), given[0])
                 if not difference <= DIGITS:
-                    why = f"its answer differs from the eager one by {difference:.0f} machine epsilons of the largest entry"
+                    why = f"its answer differs from the eager one by {difference:.0f} machine epsilons of the largest number"
             except Exception as error:  # whatever a compiler comes upon: the eager answer is always there
                 why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
         if why is not None:
@@ -110,19 +112,41 @@ class Compiler:
 
 def _called(
     make: Make, outside: Sequence[Tensor], varying: Sequence[Tensor], cotangents: Sequence[Tensor]
-) -> list[Tensor | None]:
+) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
     with below_autograd():
         forward, backward = make(outside)
         results, kept = forward(*varying)
-        products = backward(kept, *cotangents)
-    return [*results, *products]
+        return results, backward(kept, *cotangents)
 
 
-def _apart(a: Tensor | None, b: Tensor | None) -> float:
-    """How far two tensors are apart, in machine epsilons of the largest entry; two that are not finite alike are not."""
-    if a is None or b is None or not b.is_floating_point():
-        return 0.0 if a is b or (a is not None and b is not None and bool((a == b).all())) else float("inf")
-    if not a.numel():
-        return 0.0
-    largest = b.abs().max().clamp(min=torch.finfo(b.dtype).tiny)
-    return float((a - b).abs().max() / largest / torch.finfo(b.dtype).eps)
+def _apart(found: _Answer, expected: _Answer, varying: Sequence[Tensor]) -> float:
+    # In machine epsilons of the largest number of a group, which is: by how much what varies was moved, apart from its own
+    # rounding; the other results; the products by what varies; the other products. What is zero but for rounding, as the
+    # gradient of attention's key bias is, would be no measure.
+    n = len(varying)
+    moved = [
+        (a, b, y) for a, b, y in zip(found[0], expected[0], varying, strict=False) if b is not None and b.shape == y.shape
+    ]
+    groups = [
+        [_pair(a, b, (b - y).abs(), b.abs()) for a, b, y in moved if a is not None and b is not None],
+        [_pair(a, b, b.abs()) for a, b in _both(found[0][n:], expected[0][n:])],
+        [_pair(a, b, b.abs()) for a, b in _both(found[1][:n], expected[1][:n])],
+        [_pair(a, b, b.abs()) for a, b in _both(found[1][n:], expected[1][n:])],
+    ]
+    if [x is None for part in found for x in part] != [x is None for part in expected for x in part]:
+        return float("inf")
+    return max((error / max(size for _, size in group) for group in groups for error, _ in group), default=0.0)
+
+
+def _both(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+    return [(a, b) for a, b in zip(found, expected, strict=True) if a is not None and b is not None]
+
+
+def _pair(a: Tensor, b: Tensor, size: Tensor, rounded: Tensor | None = None) -> tuple[float, float]:
+    """The largest difference beyond rounding, in epsilons, and the largest number."""
+    if not b.is_floating_point() or not b.numel():
+        return 0.0, 1.0
+    epsilon = torch.finfo(b.dtype).eps
+    apart = (a - b).abs() / epsilon - (0 if rounded is None else 2 * rounded)
+    both_nan = a.isnan() & b.isnan()
+    return float(torch.where(both_nan, 0, apart).max().clamp(min=0)), float(size.max().clamp(min=torch.finfo(b.dtype).tiny))
