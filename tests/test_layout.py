@@ -34,6 +34,7 @@ ORDER = [
     "recording.effects",
     "recording.replay",
     "recording.code",
+    "recording.matrix_products",
     "recording.inductor",
     "recording",
     "compiler",

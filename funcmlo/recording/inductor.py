@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from funcmlo.recording.code import Make
+from funcmlo.recording.matrix_products import faster
 from funcmlo.recording.replay import Parts, given_by, taken_by
 from funcmlo.recording.tape import Instruction, Kind, Ref
 
@@ -84,7 +85,7 @@ def _built(
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    module = graph(instructions, inputs, outputs)
+    module = graph(instructions, inputs, outputs, kinds)
     examples = [_example(kinds[n]) for n in inputs]
     cuda = any(x.is_cuda for x in examples)
     with torch.no_grad(), warnings.catch_warnings(), config.patch({"triton.cudagraphs": cuda, "fallback_random": True}):
@@ -98,13 +99,16 @@ def _built(
     return run
 
 
-def graph(instructions: Sequence[Instruction], inputs: Sequence[int], outputs: Sequence[int | None]) -> fx.GraphModule:
+def graph(
+    instructions: Sequence[Instruction], inputs: Sequence[int], outputs: Sequence[int | None], kinds: Sequence[Kind]
+) -> fx.GraphModule:
     """Return a part as a graph of torch.fx.
 
     Args:
         instructions: the part.
         inputs: the numbers that come in.
         outputs: those that go out; None for an output that is None.
+        kinds: every number's kind.
 
     Returns:
         The graph.
@@ -132,6 +136,12 @@ def graph(instructions: Sequence[Instruction], inputs: Sequence[int], outputs: S
                     assign(one, whole.call_function(operator.getitem, (node, i)))
 
     for one in instructions:
+        if (found := faster(one, kinds)) is not None:
+            operation, a, b, bias = found
+            transposed = whole.call_function(torch.ops.aten.t.default, (word(b),))
+            product = whole.call_function(operation, (word(a), transposed, word(bias), "none", [], ""))
+            assign(one.results, product)
+            continue
         arguments = tuple(map(word, one.args)), {name: word(x) for name, x in one.kwargs.items()}
         assign(one.results, whole.call_function(one.operation, *arguments))
     whole.output(tuple(None if n is None else nodes[n] for n in outputs))
