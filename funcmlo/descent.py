@@ -91,6 +91,9 @@ def descend(
             seen = [*(seen if requires != "solution" else ()), own_buffers(now.fixed)]
         if t < steps - 1 and replayed is not None:
             y, s, cost = replayed.update(now, (y, s), inputs, t)
+        elif replayed is not None and (made := replayed.last(now, (y, s), t)) is not None:
+            (y, s), cost, gradient, aux = made
+            slope = _tree.norm(gradient)
         elif t < steps - 1 or problem.level.has_solver:
             y, s, cost, aux = now.update(y, s, inputs, t)
         else:

@@ -137,10 +137,7 @@ def graph(
 
     for one in instructions:
         if (found := faster(one, kinds)) is not None:
-            operation, a, b, bias = found
-            transposed = whole.call_function(torch.ops.aten.t.default, (word(b),))
-            product = whole.call_function(operation, (word(a), transposed, word(bias), "none", [], ""))
-            assign(one.results, product)
+            assign(one.results, whole.call_function(torch.ops.funcmlo.matrix_product.default, tuple(map(word, found))))
             continue
         arguments = tuple(map(word, one.args)), {name: word(x) for name, x in one.kwargs.items()}
         assign(one.results, whole.call_function(one.operation, *arguments))

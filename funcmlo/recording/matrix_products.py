@@ -21,15 +21,34 @@ LEAST = 2**20
 """How many multiplications make it worth asking."""
 
 
-def faster(one: Instruction, kinds: Sequence[Kind]) -> tuple[Any, Ref, Ref, Ref | None] | None:
-    """Return what to compute a matrix product with, if not as it was recorded.
+_LIBRARY: Any = torch.library.Library("funcmlo", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("matrix_product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """Ab + bias, by oneDNN."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b.t(), bias, "none", [], "")
+    return found
+
+
+def _form(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    del bias
+    return a.new_empty((a.shape[0], b.shape[1]))
+
+
+_LIBRARY.impl("matrix_product", _product, "CPU")
+_LIBRARY.impl("matrix_product", _form, "Meta")
+
+
+def faster(one: Instruction, kinds: Sequence[Kind]) -> tuple[Ref, Ref, Ref | None] | None:
+    """Return what `matrix_product` takes in place of an instruction, if it is faster.
 
     Args:
         one: an instruction.
         kinds: every number's kind.
 
     Returns:
-        An operation f with f(a, bᵀ, bias) = ab + bias, then a, b and bias; or None.
+        a, b and bias of ab + bias; or None.
     """
     if one.operation is _ATEN.mm.default and not one.kwargs:
         bias, (a, b) = None, one.args[:2]
@@ -40,23 +59,18 @@ def faster(one: Instruction, kinds: Sequence[Kind]) -> tuple[Any, Ref, Ref, Ref 
     left, right = kinds[a.number], kinds[b.number]
     (m, k), n = left.shape, right.shape[1]
     usual = left.dtype == right.dtype == torch.float32 and left.device.type == right.device.type == "cpu"
-    if not usual or m * k * n < LEAST or not torch.backends.mkldnn.is_available():
+    if not usual or m * k * n < LEAST or not torch._C.has_mkldnn:
         return None
     if bias is not None and tuple(kinds[bias.number].shape) != (n,):
         return None
-    return (_operation(), a, b, bias) if _wins(left, right, torch.get_num_threads()) else None
-
-
-def _operation() -> Any:
-    return torch.ops.mkldnn._linear_pointwise.default
+    return (a, b, bias) if _wins(left, right, torch.get_num_threads()) else None
 
 
 @functools.cache
 def _wins(left: Kind, right: Kind, threads: int) -> bool:
     del threads  # it decides the time
-    a, b = (torch.empty_strided(x.shape, x.stride()).fill_(0.5) for x in (left, right))
-    mine, product = _operation(), Tensor.mm
-    return 1.1 * _seconds(lambda: mine(a, b.t(), None, "none", [], "")) < _seconds(lambda: product(a, b))
+    a, b = (torch.empty_strided(x.shape, x.stride).fill_(0.5) for x in (left, right))
+    return 1.1 * _seconds(lambda: _product(a, b, None)) < _seconds(lambda: a.mm(b))
 
 
 def _seconds(call: Callable[[], Any]) -> float:

@@ -52,7 +52,10 @@ class Steps:
         layout = Layout.of(problem, standing, inputs)
         if layout is None:
             return None
-        recording = Recording(problem, _update if costs else _bare_update, layout, "step" if costs else "step without cost")
+        function, name = (_update, "step") if costs else (_bare_update, "step without cost")
+        if problem.compiler is not None:
+            function, name = _whole_update, "step"
+        recording = Recording(problem, function, layout, name)
         first = layout.flat(problem, standing, 0)
         if first is None or recording.refused(first, ()):
             return None
@@ -76,7 +79,7 @@ class Steps:
             for _ in range(first, last):
                 found, _ = step(*z)
                 z = found[:n]
-                costs += found[n:]
+                costs += found[n : n + 1]
         return *_tree.unflatten(self._layout.standing, z), costs
 
     def agrees(self, problem: Problem, before: Standing, after: Standing, cost: Tensor, t: int) -> bool:
@@ -98,6 +101,26 @@ class Steps:
         found, _ = forward(self._recording, problem, flat, t)
         return alike(found, [*_tree.leaves(after), cost])
 
+    def last(self, problem: Problem, standing: Standing, t: int) -> tuple[Standing, Tensor, Tree, Any] | None:
+        """Make step t with all that is ever asked of one, if it is compiled.
+
+        Args:
+            problem: the level, bound.
+            standing: the standing before the step.
+            t: its number.
+
+        Returns:
+            The new standing, the cost before, its gradient and the loss's metrics; None where the step is not compiled.
+        """
+        flat = self._layout.flat(problem, standing, t)
+        if problem.compiler is None or self._recording.forward is None or flat is None:
+            return None
+        found, _ = forward(self._recording, problem, flat, t)
+        n, own = self._layout.standing.num_leaves, _tree.structure(standing[0])
+        gradient, rest = found[n + 1 : n + 1 + own.num_leaves], found[n + 1 + own.num_leaves :]
+        new = _tree.unflatten(self._layout.standing, found[:n])
+        return new, found[n], _tree.unflatten(own, gradient), self._recording.extra(list(rest))
+
     def update(self, problem: Problem, standing: Standing, inputs: dict[str, Tree], t: int) -> tuple[Tree, Tree, Any]:
         """Make step t; return the new standing and the cost before it, None if nobody asks for it."""
         recording, n = self._recording, self._layout.standing.num_leaves
@@ -116,6 +139,15 @@ def _update(
 ) -> tuple[Tensors, Tensors, None]:
     y, s, cost, _ = problem.update(*standing, inputs, t)
     return [*_tree.leaves((y, s)), cost], cotangents, None
+
+
+def _whole_update(
+    problem: Problem, standing: Standing, inputs: dict[str, Tree], cotangents: Tensors, t: int
+) -> tuple[Tensors, Tensors, Any]:
+    gradient, cost, aux = problem.gradient(standing[0], inputs, t)
+    new = problem.apply(*standing, inputs, gradient, t)
+    tensors, whole = _tree.partition(aux)
+    return [*_tree.leaves(new), cost, *_tree.leaves(gradient), *tensors], cotangents, whole
 
 
 def _bare_update(
