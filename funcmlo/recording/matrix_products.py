@@ -59,7 +59,7 @@ def faster(one: Instruction, kinds: Sequence[Kind]) -> tuple[Ref, Ref, Ref | Non
     left, right = kinds[a.number], kinds[b.number]
     (m, k), n = left.shape, right.shape[1]
     usual = left.dtype == right.dtype == torch.float32 and left.device.type == right.device.type == "cpu"
-    if not usual or m * k * n < LEAST or not torch._C.has_mkldnn:
+    if not usual or m * k * n < LEAST or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
     if bias is not None and tuple(kinds[bias.number].shape) != (n,):
         return None
