@@ -87,8 +87,9 @@ def _built(
 
     module = graph(instructions, inputs, outputs, kinds)
     examples = [_example(kinds[n]) for n in inputs]
-    cuda = any(x.is_cuda for x in examples)
-    with torch.no_grad(), warnings.catch_warnings(), config.patch({"triton.cudagraphs": cuda, "fallback_random": True}):
+    # Channels-last convolutions would be transposed back and forth, since parameters and batches come as they are.
+    settings = {"triton.cudagraphs": any(x.is_cuda for x in examples), "layout_optimization": False}
+    with torch.no_grad(), warnings.catch_warnings(), config.patch(settings):
         warnings.simplefilter("ignore")
         function: Any = compile_fx(module, examples)
 
