@@ -97,6 +97,9 @@ class Tape:
         return all(x is constants[n] for n, x in self.constants.items())
 
 
+LARGE = "its tensors are large"
+"""Why nothing would be gained."""
+
 below_autograd = torch._C._AutoDispatchBelowAutograd
 """The context in which torch computes, and neither builds a graph nor asks whether it should."""
 
@@ -120,7 +123,8 @@ class Recorder(TorchDispatchMode):
 
     Args:
         inputs: the tensors that come in, each an object of its own.
-        most: how many scalars all results may have together, past which nothing more is noted; None for any number.
+        most: how many scalars all results may have together, past which nothing more is noted, and 2⁸ times those that they
+            may have on average; None for any number.
     """
 
     def __init__(self, inputs: Sequence[Tensor], most: int | None) -> None:
@@ -129,6 +133,7 @@ class Recorder(TorchDispatchMode):
         self.constants: dict[int, Tensor] = {}
         self.why: str | None = None
         self._most = math.inf if most is None else most
+        self._computed = 0
         self._alive: list[Tensor] = []  # by number: while they live, no other tensor has their id
         self._numbers: dict[int, Ref] = {}
         self._wants = tuple(kind(x) for x in inputs)
@@ -154,6 +159,8 @@ class Recorder(TorchDispatchMode):
 
     def finish(self, outputs: Sequence[Tensor | None]) -> Tape | None:
         """Return the tape, or None where `why` says what prevents one."""
+        if self.why is None and self._computed > len(self.instructions) * self._most / 2**8:
+            self.why = LARGE
         if self.why is None and any(x is not None and id(x) not in self._numbers for x in outputs):
             self.why = "it returns what it did not compute"
         if self.why is not None:
@@ -185,9 +192,9 @@ class Recorder(TorchDispatchMode):
             ref = self._numbers.get(id(value))
             if ref is not None:  # it was written to
                 return ref
-            self._most -= value.numel()
-            if self._most < 0:
-                self.why = "its tensors are large"
+            self._computed += value.numel()
+            if self._computed > self._most:
+                self.why = LARGE
             return self._number(value)
         if value is None:
             return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from paper_repro.peers.report import summary
 from paper_repro.peers.run import PRESETS
 from paper_repro.peers.workloads import WORKLOADS
 
+ROOT = Path(__file__).parents[2]
 ASKED = [(name, estimator) for name, workload in WORKLOADS.items() for estimator in workload.estimators]
 PRODUCTS = 3  # the tiny problems' linear systems are not yet solved, so each product shows
 
@@ -66,6 +69,19 @@ def test_peers_that_are_installed_compute_the_reference(contender: Contender, na
     asked = problem(name, estimator, torch.float32)
     if not contender.installed():
         pytest.skip(f"{contender.module} is not installed")
+    if contender.kind == "jax":  # its threads would make every later fork of this process unsafe
+        command = [
+            sys.executable,
+            "-m",
+            "tests.paper_repro.test_peers_speed",
+            contender.adapter,
+            contender.variant,
+            name,
+            estimator,
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert float(done.stdout) < (0.05 if estimator == "difference" else 1e-4)
+        return
     adapter = importlib.import_module(f"paper_repro.peers.{contender.adapter}")
     call = adapter.prepare(asked, contender.variant)
     error = apart(flat(call()), reference(asked))
@@ -234,3 +250,9 @@ def test_what_is_left_out_is_not_measured(tmp_path: Path, capsys: pytest.Capture
 def test_cells_do_not_run_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "peers", "--preset", "smoke", "--jobs", "2", "--out", str(tmp_path)]) == 1
     assert "the machine to itself" in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    question = problem(*sys.argv[3:], torch.float32)
+    adapted = importlib.import_module(f"paper_repro.peers.{sys.argv[1]}").prepare(question, sys.argv[2])
+    print(apart(flat(adapted()), reference(question)))
