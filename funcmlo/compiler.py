@@ -139,13 +139,12 @@ def _apart(found: _Answer, expected: _Answer, varying: Sequence[Tensor]) -> floa
 
 
 def _both(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
-    return [(a, b) for a, b in zip(found, expected, strict=True) if a is not None and b is not None]
+    pairs = zip(found, expected, strict=True)
+    return [(a, b) for a, b in pairs if a is not None and b is not None and b.is_floating_point() and b.numel()]
 
 
 def _pair(a: Tensor, b: Tensor, size: Tensor, rounded: Tensor | None = None) -> tuple[float, float]:
     """The largest difference beyond rounding, in epsilons, and the largest number."""
-    if not b.is_floating_point() or not b.numel():
-        return 0.0, 1.0
     epsilon = torch.finfo(b.dtype).eps
     apart = (a - b).abs() / epsilon - (0 if rounded is None else 2 * rounded)
     both_nan = a.isnan() & b.isnan()

@@ -67,9 +67,9 @@ class Level:
             optimizers stay in the parameters' dtypes. None takes over an autocast that surrounds the call.
         loss_scale: S, under which derivatives too small for float16 are taken: ∇(S · cost) / S, and products of every order
             likewise. With a power of two nothing else changes.
-        replay: whether small inner steps may be recorded and replayed by their operations alone, to the same bits, in place
-            of being written out by Python each time (`fm.replayed(program)` tells). A loss that does anything besides
-            computing with tensors is never replayed.
+        replay: whether small inner steps may be recorded and replayed by their operations alone, in place of being written
+            out by Python each time: parameters to the same bits, `ITD`'s derivative to rounding. A loss that does anything
+            besides computing with tensors is never replayed; `program.replayed()` tells.
 
     Raises:
         DefinitionError: a field has no meaning; the message says which and what is expected.

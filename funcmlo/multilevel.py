@@ -16,6 +16,7 @@ from funcmlo.footprint.predict import predict
 from funcmlo.initial import first_state
 from funcmlo.level import Level
 from funcmlo.plan import Composition, Plan
+from funcmlo.replaying.recording import told as replaying
 from funcmlo.schedule import Schedule
 from funcmlo.sharing import Parallel
 from funcmlo.state import State
@@ -179,6 +180,25 @@ class Multilevel:
             tensor(0.2500)
         """
         return calls.cost(self._plan, state, batches, of, solve)
+
+    def replayed(self) -> dict[str, str]:
+        """Say by level whether its inner steps were replayed by their recorded operations, or why they were not.
+
+        Returns:
+            "replayed", the reason, or "not tried" where no loop was long enough.
+
+        Example:
+            >>> import torch, torchopt, funcmlo as fm
+            >>> program = fm.Multilevel(
+            ...     fm.Level("y", lambda y, x: ((y - x) ** 2).sum() / 2, torchopt.sgd(0.5), steps=9),
+            ...     fm.Level("x", lambda x, y: print("hello") or (y**2).sum(), torchopt.sgd(0.1)),
+            ... )
+            >>> state, _ = program.step(program.init({"y": torch.zeros(2), "x": torch.ones(2)}), {})
+            hello
+            >>> program.replayed()
+            {'y': 'replayed', 'x': 'not tried'}
+        """
+        return {level.name: replaying(level) for level in self.levels}
 
     compile = compiled
     memory = predict

@@ -43,6 +43,7 @@ PROFILED = "a profiler is watching"
 _IMMUTABLE = (str, int, float, bool, tuple, complex, bytes, frozenset)
 _READING = frozenset({"items", "keys", "values", "get", "copy", "index", "count"})
 _LEAVES_TORCH = frozenset({"numpy", "tolist", "data_ptr", "__array__", "__dlpack__", "share_memory_", "register_hook"})
+_STORING = frozenset({"__setitem__", "__delitem__", "__setattr__", "__delattr__", "__dict__"})
 _STORES = frozenset({"STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR", "DELETE_ATTR", "STORE_SUBSCR", "DELETE_SUBSCR"})
 
 
@@ -117,6 +118,7 @@ def _called(function: Any, ours: bool) -> str | None:
 def _stores(code: CodeType) -> str | None:
     """What a function of the user's may store where others see it, if anything."""
     for step in dis.get_instructions(code):
-        if step.opname in _STORES or (step.opname == "STORE_DEREF" and step.argval in code.co_freevars):
+        hidden = step.opname in {"LOAD_METHOD", "LOAD_ATTR"} and step.argval in _STORING
+        if hidden or step.opname in _STORES or (step.opname == "STORE_DEREF" and step.argval in code.co_freevars):
             return f"{code.co_name} stores {step.argval or 'an item'}"
     return None

@@ -104,6 +104,7 @@ def simplified(tape: Tape, places: Sequence[Place]) -> Tape:
     Where an operation looks at a tensor's form alone, an empty tensor of that form stands in.
     """
     same: dict[int, Ref] = {}
+    known: dict[Place, Ref] = {}  # not of what comes in: two of that may share their memory in one call and not in the next
 
     def renamed(value: Any) -> Any:
         if isinstance(value, Ref):
@@ -115,10 +116,11 @@ def simplified(tape: Tape, places: Sequence[Place]) -> Tape:
         one = Instruction(one.operation, renamed(one.args), {k: renamed(x) for k, x in one.kwargs.items()}, one.results)
         source, result = (one.args[0] if one.args else None), one.results
         if isinstance(source, Ref) and isinstance(result, Ref) and not written_by(one):
-            place = places[source.number]
-            if result is source or (place == places[result.number] and taken_by(one) == [source.number]):
-                same[result.number] = source
+            place, new = places[source.number], places[result.number]
+            if new == place or (new in known and place.storage == new.storage):
+                same[result.number] = source if new == place else known[new]
                 continue
+            known[new] = result
             if one.operation.overloadpacket.__name__ in _FORM:
                 form = torch.empty_strided(
                     place.kind.shape, place.kind.stride, dtype=place.kind.dtype, device=place.kind.device

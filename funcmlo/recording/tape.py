@@ -150,7 +150,7 @@ class Recorder(TorchDispatchMode):
             out = func(*args, **kwargs)
         else:
             named, out = {}, func(*args)
-        results = self._result(func, out)
+        results = self._result(func, out, any(isinstance(x, (Ref, list, tuple)) for x in noted))
         self.instructions.append(Instruction(func, noted, named, results))
         if self.why is not None:
             self._alive.clear()
@@ -187,7 +187,7 @@ class Recorder(TorchDispatchMode):
             return type(value)([self._encoded(x) for x in value]) if type(value) in (list, tuple) else value
         return value
 
-    def _result(self, func: Any, value: Any) -> Any:
+    def _result(self, func: Any, value: Any, noted: bool) -> Any:
         if isinstance(value, Tensor):
             ref = self._numbers.get(id(value))
             if ref is not None:  # it was written to
@@ -199,8 +199,9 @@ class Recorder(TorchDispatchMode):
         if value is None:
             return None
         if isinstance(value, (list, tuple)):
-            return tuple(self._result(func, x) for x in value)
-        self.why = f"{func} reads a value"
+            return tuple(self._result(func, x, noted) for x in value)
+        if noted:
+            self.why = f"{func} reads a value"
         return None
 
 

@@ -83,16 +83,19 @@ def compiles(problem: Problem) -> bool:
     return problem.compiler is not None and replayable(problem, 1)
 
 
-def reason(level: Level) -> str | None:
-    """Return why a level's steps were not replayed, or None: they were, or no loop has been long enough to try.
+def told(level: Level) -> str:
+    """Say what became of a level's steps.
 
     Args:
         level: the level.
 
     Returns:
-        The reason.
+        "replayed"; why they are not; or that nothing has been tried.
     """
-    return next((known.why for known in _KNOWN.get(level, {}).values() if known.why), None)
+    known = _KNOWN.get(level, {}).values()
+    if any(one.why is None for one in known):
+        return "replayed"
+    return next((one.why for one in known if one.why), "not tried")
 
 
 Tensors = Sequence[Tensor | None]
