@@ -61,7 +61,14 @@ class Compiler:
         return self._levels.setdefault(level, {})
 
     def make(
-        self, name: str, settings: tuple[Any, ...], eager: Make, outside: Sequence[Tensor], tensors: Sequence[Tensor]
+        self,
+        name: str,
+        settings: tuple[Any, ...],
+        eager: Make,
+        outside: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        *,
+        moves: bool = True,
     ) -> Make | str:
         """Compile a divided tape and hold it against what it is compiled from.
 
@@ -71,6 +78,7 @@ class Compiler:
             eager: the same, by torch's own operations.
             outside: what its `make` takes.
             tensors: the tensors that it was recorded on: varying ones, fixed ones, cotangents.
+            moves: whether its first results are what varies, moved on.
 
         Returns:
             The compiled one; or why the eager one is to be used.
@@ -85,7 +93,9 @@ class Compiler:
             try:
                 made = compiled(*settings)
                 given = tensors[:varying], [torch.randn_like(tensors[n]) for n in cotangents]
-                difference = _apart(_called(made, outside, *given), _called(eager, outside, *given), given[0])
+                difference = _apart(
+                    _called(made, outside, *given), _called(eager, outside, *given), given[0] if moves else ()
+                )
                 if not difference <= DIGITS:
                     why = f"its answer differs from the eager one by {difference:.0f} machine epsilons of the largest number"
             except Exception as error:  # whatever a compiler comes upon: the eager answer is always there
@@ -125,10 +135,12 @@ def _apart(found: _Answer, expected: _Answer, varying: Sequence[Tensor]) -> floa
     # gradient of attention's key bias is, would be no measure.
     n = len(varying)
     moved = [
-        (a, b, y) for a, b, y in zip(found[0], expected[0], varying, strict=False) if b is not None and b.shape == y.shape
+        (a, b, y)
+        for a, b, y in zip(found[0], expected[0], varying, strict=False)
+        if a is not None and b is not None and b.is_floating_point() and b.numel() and b.shape == y.shape
     ]
     groups = [
-        [_pair(a, b, (b - y).abs(), b.abs()) for a, b, y in moved if a is not None and b is not None],
+        [_pair(a, b, (b - y).abs(), b.abs()) for a, b, y in moved],
         [_pair(a, b, b.abs()) for a, b in _both(found[0][n:], expected[0][n:])],
         [_pair(a, b, b.abs()) for a, b in _both(found[1][:n], expected[1][:n])],
         [_pair(a, b, b.abs()) for a, b in _both(found[1][n:], expected[1][n:])],

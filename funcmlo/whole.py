@@ -134,7 +134,7 @@ class Whole:
             return parts
         settings = parts, len(tensors), (), [kind(x) for x in tape.tensors]
         outside = [tape.constants[n] for n in parts.outside]
-        made = self.compiler.make(name, settings, code(*settings)[0], outside, tensors)
+        made = self.compiler.make(name, settings, code(*settings)[0], outside, tensors, moves=False)
         if isinstance(made, str):
             return made
         with below_autograd():
