@@ -19,6 +19,9 @@ from funcmlo.recording.tape import below_autograd
 DIGITS = 2.0**10
 """How many machine epsilons a compiled answer may be away from the eager one, relative to the largest number of its kind."""
 
+UNFIT = "its first answer is not finite, so that nothing can be held against it"
+"""Why a function is not compiled yet."""
+
 _Answer = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
 
 
@@ -93,9 +96,10 @@ class Compiler:
             try:
                 made = compiled(*settings)
                 given = tensors[:varying], [torch.randn_like(tensors[n]) for n in cotangents]
-                difference = _apart(
-                    _called(made, outside, *given), _called(eager, outside, *given), given[0] if moves else ()
-                )
+                expected = _called(eager, outside, *given)
+                if not all(bool(x.isfinite().all()) for part in expected for x in part if x is not None):
+                    return UNFIT
+                difference = _apart(_called(made, outside, *given), expected, given[0] if moves else ())
                 if not difference <= DIGITS:
                     why = f"its answer differs from the eager one by {difference:.0f} machine epsilons of the largest number"
             except Exception as error:  # whatever a compiler comes upon: the eager answer is always there

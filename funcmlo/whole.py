@@ -83,6 +83,8 @@ class Whole:
         flat, structure = _tree.flatten((replace(state, step={}, seed=0), dict(batches)))
         known = self.compiler.of(name)
         key = structure, tuple(kind(x) if isinstance(x, Tensor) else x for x in flat)
+        if key not in known and not bool(_tree.finite([x for x in flat if isinstance(x, Tensor)])):
+            return None
         if key not in known:
             many = len(known) >= MOST
             if many:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from funcmlo import _tracing
 from funcmlo._tree import Tree
+from funcmlo.compiler import UNFIT
 from funcmlo.level import Level
 from funcmlo.problem import Problem
 from funcmlo.recording.code import Make, code
@@ -194,10 +195,11 @@ class Recording:
             self._before = tape
         elif tape.does_as(self._before) and tape.closes_over(self._before.constants):
             if known is None or not known.does_as(tape):
-                known = self._known[key] = self._learnt(tape, tensors)
+                known = self._learnt(tape, tensors)
             if known.why is not None:
                 self._give_up(key, known.why)
             else:
+                self._known[key] = known
                 self._bind(known, tape.constants)
         else:
             self._give_up(key, "two steps came to different operations")
@@ -244,7 +246,7 @@ class Recording:
 
     def _give_up(self, key: Any, why: str | None) -> None:
         self.given_up = True
-        if why != PROFILED:
+        if why not in {PROFILED, UNFIT}:
             self._known[key] = Known(why or "its operations could not be recorded")
             if self._compiler is not None:
                 self._compiler.refuse(f"{self._level}: {self._name}", self._known[key].why)
