@@ -61,7 +61,7 @@ def check_fields(level: Any) -> None:
         function = getattr(level, what)
         if function is not None and not callable(function):
             raise DefinitionError(f"level '{name}': {what} must be a function, but {type(function).__name__} came.")
-    for what in ("maximize", "roll_back"):
+    for what in ("maximize", "roll_back", "replay"):
         if not isinstance(getattr(level, what), bool):
             raise DefinitionError(f"level '{name}': {what}={getattr(level, what)!r}; expected True or False.")
     if level.init is not None and (level.warmup or level.roll_back):

@@ -133,6 +133,7 @@ WRONG: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         r"has defaults before \*rest \(scale\).*keyword-only, or bind them with functools.partial",
     ),
     "maximize that is no truth value": (lambda: level(maximize="no"), D, r"maximize='no'; expected True or False"),
+    "replay that is no truth value": (lambda: level(replay="no"), D, r"replay='no'; expected True or False"),
     "an optimizer that is not called": (lambda: level(optimizer=torchopt.sgd), D, r"optimizer='sgd' is not called"),
     "torch.optim's class": (
         lambda: level(optimizer=torch.optim.SGD),

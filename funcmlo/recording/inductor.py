@@ -88,7 +88,9 @@ def _built(
     module = graph(instructions, inputs, outputs, kinds)
     examples = [_example(kinds[n]) for n in inputs]
     # Channels-last convolutions would be transposed back and forth, since parameters and batches come as they are.
-    settings = {"triton.cudagraphs": any(x.is_cuda for x in examples), "layout_optimization": False}
+    # Threads that wait for each other cost more than a loop over a few thousand numbers.
+    settings: dict[str, Any] = {"layout_optimization": False, "cpp.min_chunk_size": 2**14}
+    settings["triton.cudagraphs"] = any(x.is_cuda for x in examples)
     with torch.no_grad(), warnings.catch_warnings(), config.patch(settings):
         warnings.simplefilter("ignore")
         function: Any = compile_fx(module, examples)

@@ -59,7 +59,7 @@ class Steps:
         first = layout.flat(problem, standing, 0)
         if first is None or recording.refused(first, ()):
             return None
-        if trusting and isinstance(problem.feed, Fixed):
+        if problem.compiler is not None or (trusting and isinstance(problem.feed, Fixed)):
             recording.trust(first, ())
         if problem.compiler is not None and not recording.ready(problem, first, ()):
             return None

@@ -129,7 +129,7 @@ def loop(
     if not wanted:
         function, name = _costless, "step and products without cost"
     recording = Recording(problem, function, layout, name)
-    if trusting and isinstance(problem.feed, Fixed):
+    if problem.compiler is not None or (trusting and isinstance(problem.feed, Fixed)):
         recording.trust(first, zeros)
     trusted = recording.forward is not None and problem.compiler is None
     if recording.refused(first, zeros) or not recording.ready(problem, first, zeros):

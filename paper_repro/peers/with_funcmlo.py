@@ -33,8 +33,8 @@ def prepare(problem: Problem, variant: str) -> Callable[[], Params]:
     """
     if variant in MEMORY and (problem.estimator != "itd" or problem.workload.tasks):
         raise NotOfferedError("ITD's memory modes are measured without tasks")
-    if variant == "whole" and problem.workload.name != "logistic":
-        raise NotOfferedError("whole loops are compiled for logistic regression alone: compiling grows with them")
+    if variant == "whole" and problem.workload.name not in {"logistic", "maml-mlp"}:
+        raise NotOfferedError("whole loops are compiled for small problems alone: compiling grows with them")
     program = tasks(problem) if problem.workload.tasks else levels(problem, MEMORY.get(variant))
     if variant in {"compiled", "whole"}:
         if not hasattr(program, "compile"):
