@@ -94,10 +94,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"logistic regression {EXAMPLES} x {FEATURES}, {STEPS} inner steps, {arguments.copies} copies, one thread")
-    print(
     columns = ("one as written, ms", 18), ("one replayed, ms", 17), ("all, ms", 8), ("all / written", 14), ("/ replayed", 11)
     print(f"{'response':<20}", *(f"{name:>{width}}" for name, width in columns))
-    )
     for name, response in RESPONSES.items():
         one, quick, together, ratio, harder = measure(response, arguments.copies, arguments.repeats)
         print(
