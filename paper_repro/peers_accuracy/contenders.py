@@ -106,6 +106,7 @@ CONTENDERS: dict[str, Contender] = {
         Contender("jax-jit", "jax", "with_jax", "products", counted=False),
         Contender("funcmlo-cold", "funcmlo", "with_funcmlo", "products", counted=False),
         Contender("funcmlo-momentum", "funcmlo", "with_funcmlo", "tolerance", counted=False),
+        Contender("funcmlo-compiled", "funcmlo", "with_funcmlo", "tolerance", counted=False),
         Contender("funcmlo", "funcmlo", "with_funcmlo", "tolerance", inner="quasi-Newton", counted=False),
     )
 }

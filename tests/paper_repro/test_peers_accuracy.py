@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from paper_repro.peers_accuracy.report import fastest_peer
 from paper_repro.peers_accuracy.run import PRESETS, Outcome
 
 SMOKE = PRESETS["smoke"]
+COMPILES = shutil.which("g++") is not None
 HERE = [one for one in CONTENDERS.values() if one.library in (None, "funcmlo")]
+HERE = [one for one in HERE if COMPILES or one.name != "funcmlo-compiled"]
 
 
 @pytest.fixture(scope="module")
