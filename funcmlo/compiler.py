@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,11 @@ DIGITS = 2.0**10
 UNFIT = "its first answer is not finite, so that nothing can be held against it"
 """Why a function is not compiled yet."""
 
-_Answer = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
+Answer = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
+"""Results and products."""
+
+Reference = Callable[[Sequence[Tensor]], Answer]
+"""reference(varying ones, fixed ones, cotangents) → what a recorded function comes to as it is written."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Compiler:
         self,
         name: str,
         settings: tuple[Any, ...],
-        eager: Make,
+        reference: Reference,
         outside: Sequence[Tensor],
         tensors: Sequence[Tensor],
         *,
@@ -78,7 +82,7 @@ class Compiler:
         Args:
             name: what it is.
             settings: the arguments of `compiled`.
-            eager: the same, by torch's own operations.
+            reference: the function that was recorded, as it is written.
             outside: what its `make` takes.
             tensors: the tensors that it was recorded on: varying ones, fixed ones, cotangents.
             moves: whether its first results are what varies, moved on.
@@ -96,10 +100,10 @@ class Compiler:
             try:
                 made = compiled(*settings)
                 given = tensors[:varying], [torch.randn_like(tensors[n]) for n in cotangents]
-                expected = _called(eager, outside, *given)
+                expected = reference([*tensors[: len(tensors) - len(cotangents)], *given[1]])
                 if not all(bool(x.isfinite().all()) for part in expected for x in part if x is not None):
                     return UNFIT
-                difference = _apart(_called(made, outside, *given), expected, given[0] if moves else ())
+                difference = apart(answer(made, outside, *given), expected, given[0] if moves else ())
                 if not difference <= DIGITS:
                     why = f"its answer differs from the eager one by {difference:.0f} machine epsilons of the largest number"
             except Exception as error:  # whatever a compiler comes upon: the eager answer is always there
@@ -124,19 +128,38 @@ class Compiler:
         return "\n".join(map(str, self.told)) or "nothing has been compiled yet"
 
 
-def _called(
-    make: Make, outside: Sequence[Tensor], varying: Sequence[Tensor], cotangents: Sequence[Tensor]
-) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+def answer(make: Make, outside: Sequence[Tensor], varying: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Answer:
+    """Return what a divided tape comes to: its results and its products.
+
+    Args:
+        make: the tape as code.
+        outside: what is the same for a loop.
+        varying: what varies.
+        cotangents: what is pulled back.
+
+    Returns:
+        Both.
+    """
     with below_autograd():
         forward, backward = make(outside)
         results, kept = forward(*varying)
         return results, backward(kept, *cotangents)
 
 
-def _apart(found: _Answer, expected: _Answer, varying: Sequence[Tensor]) -> float:
-    # In machine epsilons of the largest number of a group, which is: by how much what varies was moved, apart from its own
-    # rounding; the other results; the products by what varies; the other products. What is zero but for rounding, as the
-    # gradient of attention's key bias is, would be no measure.
+def apart(found: Answer, expected: Answer, varying: Sequence[Tensor]) -> float:
+    """Return how far two answers are apart, in machine epsilons of the largest number of a group.
+
+    A group is: by how much what varies was moved, apart from its own rounding; the other results; the products by what
+    varies; the other products. What is zero but for rounding, as the gradient of attention's key bias is, is no measure.
+
+    Args:
+        found: results and products.
+        expected: those that they should be.
+        varying: what the first results are moved from; nothing where they are not.
+
+    Returns:
+        The largest distance.
+    """
     n = len(varying)
     moved = [
         (a, b, y)

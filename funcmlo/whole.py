@@ -13,10 +13,9 @@ from funcmlo import _tracing, _tree
 from funcmlo._hiding import hiding
 from funcmlo._tree import Tree
 from funcmlo.batches import is_fixed
-from funcmlo.compiler import Compiler
+from funcmlo.compiler import Compiler, Reference
 from funcmlo.hypergrad.stats import Stats
 from funcmlo.plan import Plan
-from funcmlo.recording.code import code
 from funcmlo.recording.replay import split
 from funcmlo.recording.tape import Tape, below_autograd, kind, record
 from funcmlo.state import State
@@ -123,20 +122,20 @@ class Whole:
 
         _, tape, why = record(function, tensors, None)
         if tape is not None and why is None:
-            made = self._compiled(name, tape, tensors)
+            made = self._compiled(name, tape, tensors, lambda given: (function(*given), ()))
             if not isinstance(made, str):
                 return Captured(made, box[-1])
             why = made
         self.compiler.refuse(name, why)
         return None
 
-    def _compiled(self, name: str, tape: Tape, tensors: Sequence[Tensor]) -> Callable[..., Any] | str:
+    def _compiled(self, name: str, tape: Tape, tensors: Sequence[Tensor], reference: Reference) -> Callable[..., Any] | str:
         parts = split(tape, len(tensors), 0, len(tape.outputs))
         if isinstance(parts, str):
             return parts
         settings = parts, len(tensors), (), [kind(x) for x in tape.tensors]
         outside = [tape.constants[n] for n in parts.outside]
-        made = self.compiler.make(name, settings, code(*settings)[0], outside, tensors, moves=False)
+        made = self.compiler.make(name, settings, reference, outside, tensors, moves=False)
         if isinstance(made, str):
             return made
         with below_autograd():

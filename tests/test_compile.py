@@ -13,7 +13,7 @@ import torchopt
 from torch import Tensor
 
 import funcmlo as fm
-from funcmlo.compiler import DIGITS, _apart
+from funcmlo.compiler import DIGITS, apart
 from tests.oracles import bits
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor wants a C++ compiler")
@@ -143,13 +143,13 @@ def test_a_compiler_that_errs_is_found_out(monkeypatch: pytest.MonkeyPatch) -> N
 def test_answers_are_held_against_what_they_change() -> None:
     y, far = torch.ones(3), torch.ones(3) * 1e6
     step = torch.tensor([1e-4, 0.0, 1e-4])
-    assert _apart(([y + step], []), ([y + step], []), [y]) == 0
-    assert _apart(([y + 1.01 * step], []), ([y + step], []), [y]) > DIGITS  # 1 % of the step, 1e-6 of the parameters
-    assert _apart(([far + 1 + 0.06], []), ([far + 1], []), [far]) == 0  # nothing but rounding
-    assert _apart(([y * torch.nan], []), ([y + step], []), [y]) != 0
-    assert _apart(([], [None]), ([], [y]), []) == float("inf")
+    assert apart(([y + step], []), ([y + step], []), [y]) == 0
+    assert apart(([y + 1.01 * step], []), ([y + step], []), [y]) > DIGITS  # 1 % of the step, 1e-6 of the parameters
+    assert apart(([far + 1 + 0.06], []), ([far + 1], []), [far]) == 0  # nothing but rounding
+    assert apart(([y * torch.nan], []), ([y + step], []), [y]) != 0
+    assert apart(([], [None]), ([], [y]), []) == float("inf")
     noise = torch.tensor([1e-9])
-    assert _apart(([y, y, noise], []), ([y, y, -noise], []), [y]) < DIGITS  # zero but for rounding, beside ones
+    assert apart(([y, y, noise], []), ([y, y, -noise], []), [y]) < DIGITS  # zero but for rounding, beside ones
 
 
 # As a whole

@@ -85,9 +85,12 @@ def test_a_derivative_runs_back_with_what_the_forward_part_kept() -> None:
 
 def test_inputs_that_share_their_memory_are_two() -> None:
     x = torch.tensor([1.0, 2.0])
-    _, (forward, _), _ = again(lambda a, b: [a.detach() * 10 + b.view(-1).view(2)], [x, x])
-    assert forward(torch.ones(2), torch.zeros(2))[0][0].tolist() == [10, 10]
-    assert forward(torch.zeros(2), torch.ones(2))[0][0].tolist() == [1, 1]
+    y = x.reshape(1, 2)
+    for a, b in ((x, x), (y, y)):
+        _, (forward, _), _ = again(lambda a, b: [a.t().detach() * 10 + b.t()], [a, b])
+        one, zero = torch.ones_like(a), torch.zeros_like(a)
+        assert forward(one, zero)[0][0].flatten().tolist() == [10, 10]
+        assert forward(zero, one)[0][0].flatten().tolist() == [1, 1]
 
 
 def test_questions_about_types_are_no_values() -> None:

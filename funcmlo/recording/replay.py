@@ -104,7 +104,10 @@ def simplified(tape: Tape, places: Sequence[Place]) -> Tape:
     Where an operation looks at a tensor's form alone, an empty tensor of that form stands in.
     """
     same: dict[int, Ref] = {}
-    known: dict[Place, Ref] = {}  # not of what comes in: two of that may share their memory in one call and not in the next
+    known: dict[
+        tuple[int, Place], Ref
+    ] = {}  # by the tensor viewed: two inputs may share memory in one call, not in the next
+    viewed: dict[int, int] = {}
 
     def renamed(value: Any) -> Any:
         if isinstance(value, Ref):
@@ -117,10 +120,13 @@ def simplified(tape: Tape, places: Sequence[Place]) -> Tape:
         source, result = (one.args[0] if one.args else None), one.results
         if isinstance(source, Ref) and isinstance(result, Ref) and not written_by(one):
             place, new = places[source.number], places[result.number]
-            if new == place or (new in known and place.storage == new.storage):
-                same[result.number] = source if new == place else known[new]
-                continue
-            known[new] = result
+            if place.storage == new.storage:
+                viewed[result.number] = root = viewed.get(source.number, source.number)
+                known.setdefault((root, places[root]), Ref.of(root))
+                if new == place or (root, new) in known:
+                    same[result.number] = source if new == place else known[root, new]
+                    continue
+                known[root, new] = result
             if one.operation.overloadpacket.__name__ in _FORM:
                 form = torch.empty_strided(
                     place.kind.shape, place.kind.stride, dtype=place.kind.dtype, device=place.kind.device

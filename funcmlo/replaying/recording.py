@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcmlo import _tracing
+from funcmlo import _random, _tracing
 from funcmlo._tree import Tree
-from funcmlo.compiler import UNFIT
+from funcmlo.compiler import DIGITS, UNFIT, Answer, Reference, answer, apart
 from funcmlo.level import Level
 from funcmlo.problem import Problem
 from funcmlo.recording.code import Make, code
@@ -195,7 +195,8 @@ class Recording:
             self._before = tape
         elif tape.does_as(self._before) and tape.closes_over(self._before.constants):
             if known is None or not known.does_as(tape):
-                known = self._learnt(tape, tensors)
+                again = partial(self._divided, flat)
+                known = self._learnt(tape, tensors, again, problem.seed_of("", t))
             if known.why is not None:
                 self._give_up(key, known.why)
             else:
@@ -213,7 +214,11 @@ class Recording:
     def _called(self, tensors: Sequence[Tensor]) -> Any:
         return self._name, self._layout.varying, tuple(map(kind, tensors))
 
-    def _learnt(self, tape: Tape, tensors: Sequence[Tensor]) -> Known:
+    def _divided(self, flat: Callable[..., Tensors], given: Sequence[Tensor]) -> Answer:
+        outputs = flat(*(x.detach() for x in given))
+        return outputs[: self._results], outputs[self._results :]
+
+    def _learnt(self, tape: Tape, tensors: Sequence[Tensor], reference: Reference, seed: int) -> Known:
         varying, fixed = self._layout.varying, len(self._layout.fixed)
         parts = split(tape, varying, fixed, self._results)
         if isinstance(parts, str):
@@ -223,10 +228,18 @@ class Recording:
         settings = parts, varying, range(varying + fixed, tape.inputs), [kind(x) for x in tape.tensors]
         make, _ = code(*settings)
         closed: dict[int, Callable[[], Tensor | None]] = {n: weakref.ref(x) for n, x in tape.constants.items()}
-        if self._compiler is not None:
+        outside = self._outside(parts, tape.constants)
+        if self._compiler is None:
+            random = [torch.randn_like(x) for x in tensors[varying + fixed :]]
+            expected = reference([*tensors[: varying + fixed], *random])
+            with _random.seeded(seed):
+                found = answer(make, outside, tensors[:varying], random)
+            # Products are held against autograd's own at other cotangents; results are looked at in every loop.
+            if random and not apart(found, expected, ()) <= DIGITS:
+                return Known("its derivative by recorded operations is another one")
+        else:
             closed = {n: partial(_itself, x) for n, x in tape.constants.items()}
-            outside = self._outside(parts, tape.constants)
-            made = self._compiler.make(f"{self._level}: {self._name}", settings, make, outside, tensors)
+            made = self._compiler.make(f"{self._level}: {self._name}", settings, reference, outside, tensors)
             if isinstance(made, str):
                 return Known(made)
             make = made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,6 +51,18 @@ def test_this_library_computes_the_reference(name: str, estimator: str) -> None:
     tolerance = 1e-5 if estimator == "difference" else 1e-9
     for variant in ("", *with_funcmlo.MEMORY) if estimator == "itd" and not asked.workload.tasks else ("",):
         assert apart(flat(with_funcmlo.prepare(asked, variant)()), reference(asked)) < tolerance, variant
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor wants a C++ compiler")
+@pytest.mark.parametrize(
+    ("name", "estimator"),
+    [pytest.param(*asked, marks=[] if asked == ("convnet", "cg") else [pytest.mark.slow]) for asked in ASKED],
+)
+def test_compiled_it_computes_the_reference_too(name: str, estimator: str) -> None:
+    asked = problem(name, estimator)
+    assert apart(flat(with_funcmlo.prepare(asked, "compiled")()), reference(asked)) < (
+        1e-5 if estimator == "difference" else 1e-9
+    )
 
 
 def questions() -> Iterator[Any]:
