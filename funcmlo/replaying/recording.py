@@ -72,7 +72,7 @@ def replayable(problem: Problem, steps: int, *, tasks: bool = False) -> bool:
     return (
         (problem.compiler is not None or (level.replay and steps >= LEAST))
         and steps > 0
-        and (problem.tasks is None or (tasks and problem.has_tasks))
+        and (problem.tasks is None or (tasks and problem.has_tasks and problem.tasks.at_once == problem.tasks.n))
         and problem.sharing is None
         and not (level.has_solver or level.carries_buffers or level.project or level.autocast or level.loss_scale)
         and not _tracing.unreadable()
