@@ -82,9 +82,10 @@ def _built(
         places = {n: i for i, n in enumerate(inputs)}
         order = [None if n is None else places[n] for n in outputs]
         return lambda given: [None if i is None else given[i] for i in order]
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the compiler's own modules still use
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx
     module = graph(instructions, inputs, outputs, kinds)
     examples = [_example(kinds[n]) for n in inputs]
     # Channels-last convolutions would be transposed back and forth, since parameters and batches come as they are.

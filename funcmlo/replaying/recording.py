@@ -215,7 +215,7 @@ class Recording:
         return self._name, self._layout.varying, tuple(map(kind, tensors))
 
     def _divided(self, flat: Callable[..., Tensors], given: Sequence[Tensor]) -> Answer:
-        outputs = flat(*(x.detach() for x in given))
+        outputs = [None if x is None else x.detach() for x in flat(*(x.detach() for x in given))]
         return outputs[: self._results], outputs[self._results :]
 
     def _learnt(self, tape: Tape, tensors: Sequence[Tensor], reference: Reference, seed: int) -> Known:

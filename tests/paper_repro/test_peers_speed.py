@@ -208,7 +208,7 @@ def test_a_program_without_compile_is_skipped_by_name(monkeypatch: pytest.Monkey
         monkeypatch.delattr(fm.Multilevel, "compile")
     with pytest.raises(NotOfferedError, match="no compile"):
         with_funcmlo.prepare(problem("logistic", "cg"), "compiled")
-    with pytest.raises(NotOfferedError, match="logistic regression alone"):
+    with pytest.raises(NotOfferedError, match="small problems alone"):
         with_funcmlo.prepare(problem("mlp", "cg"), "whole")
 
 
