@@ -99,7 +99,7 @@ class Compiler:
         else:
             try:
                 made = compiled(*settings)
-                given = tensors[:varying], [torch.randn_like(tensors[n]) for n in cotangents]
+                given = tensors[:varying], arbitrary([tensors[n] for n in cotangents])
                 expected = reference([*tensors[: len(tensors) - len(cotangents)], *given[1]])
                 if not all(bool(x.isfinite().all()) for part in expected for x in part if x is not None):
                     return UNFIT
@@ -126,6 +126,19 @@ class Compiler:
     def __str__(self) -> str:
         """List what came of everything so far."""
         return "\n".join(map(str, self.told)) or "nothing has been compiled yet"
+
+
+def arbitrary(like: Sequence[Tensor]) -> list[Tensor]:
+    """Return normally distributed tensors of the same forms, drawn from a generator of their own.
+
+    Args:
+        like: the tensors.
+
+    Returns:
+        As many.
+    """
+    own = torch.Generator().manual_seed(0)
+    return [torch.empty_like(x).copy_(torch.randn(x.shape, generator=own, dtype=torch.float64)) for x in like]
 
 
 def answer(make: Make, outside: Sequence[Tensor], varying: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import time
@@ -202,6 +203,21 @@ def test_what_does_more_is_seen(function: Callable[[Tensor], object], why: str) 
     with watching() as seen:
         function(torch.ones(2))
     assert why in str(seen.why)
+
+
+def test_garbage_is_not_collected_meanwhile() -> None:
+    def told(phase: str, info: dict[str, int]) -> None:
+        LIST.append(float(phase == "start"))
+
+    gc.callbacks.append(told)
+    try:
+        with watching() as seen:
+            [[] for _ in range(100_000)]
+            assert not gc.isenabled()
+    finally:
+        gc.callbacks.remove(told)
+    assert seen.why is None
+    assert gc.isenabled()
 
 
 def test_nothing_is_known_while_a_profiler_watches() -> None:

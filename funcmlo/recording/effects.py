@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import dis
 import functools
+import gc
 import math
 import re
 import sys
@@ -84,11 +85,15 @@ def watching() -> Generator[Watched]:
         elif not ours:
             watched.why = _stores(frame.f_code)
 
+    collecting = gc.isenabled()
+    gc.disable()  # what runs when garbage is collected is nobody's doing
     sys.setprofile(see)
     try:
         yield watched
     finally:
         sys.setprofile(None)
+        if collecting:
+            gc.enable()
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from funcmlo import _random, _tracing
 from funcmlo._tree import Tree
-from funcmlo.compiler import DIGITS, UNFIT, Answer, Reference, answer, apart
+from funcmlo.compiler import DIGITS, UNFIT, Answer, Reference, answer, apart, arbitrary
 from funcmlo.level import Level
 from funcmlo.problem import Problem
 from funcmlo.recording.code import Make, code
@@ -230,7 +230,7 @@ class Recording:
         closed: dict[int, Callable[[], Tensor | None]] = {n: weakref.ref(x) for n, x in tape.constants.items()}
         outside = self._outside(parts, tape.constants)
         if self._compiler is None:
-            random = [torch.randn_like(x) for x in tensors[varying + fixed :]]
+            random = arbitrary(tensors[varying + fixed :])
             expected = reference([*tensors[: varying + fixed], *random])
             with _random.seeded(seed):
                 found = answer(make, outside, tensors[:varying], random)
