@@ -83,6 +83,19 @@ def test_batches_may_come_from_a_function() -> None:
     assert len(fast.compiler.told) == 3
 
 
+def test_a_number_in_a_batch_may_change() -> None:
+    def cost(w: Tensor, x: Tensor, batch: tuple[Tensor, float]) -> Tensor:
+        return ((w - batch[1] * x * batch[0]) ** 2).sum() / 2
+
+    written = fm.Multilevel(
+        fm.Level("w", cost, torchopt.sgd(0.5), steps=3, response=fm.AID(fm.CG(2))), fm.Level("x", upper, torchopt.sgd(0.1))
+    )
+    fast, state = written.compile(), written.init(START)
+    for number in (1.0, 3.0):
+        batches = {"w": (X[0], number)}
+        assert close(fast.hypergradient(state, batches, of="x"), written.hypergradient(state, batches, of="x"))
+
+
 def noisy(w: Tensor, x: Tensor, batch: tuple[Tensor, Tensor]) -> Any:
     return lower(w, x, (F.dropout(batch[0], 0.3), batch[1]))
 

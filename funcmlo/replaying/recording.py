@@ -212,7 +212,8 @@ class Recording:
         return known is not None and known.why is not None
 
     def _called(self, tensors: Sequence[Tensor]) -> Any:
-        return self._name, self._layout.varying, tuple(map(kind, tensors))
+        layout = self._layout  # numbers that come with a batch are part of what was recorded
+        return self._name, layout.varying, tuple(map(kind, tensors)), repr((layout.shared_leaves, layout.batch_leaves))
 
     def _divided(self, flat: Callable[..., Tensors], given: Sequence[Tensor]) -> Answer:
         outputs = [None if x is None else x.detach() for x in flat(*(x.detach() for x in given))]
